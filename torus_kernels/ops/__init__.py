@@ -1,0 +1,8 @@
+"""Operators registered with PyTorch: each schema, fake and autograd formula is stated here, once.
+
+The library defines the operators; the backends only compute them.
+"""
+
+from . import attention, compounding, rope
+
+__all__ = ["attention", "compounding", "rope"]
