@@ -19,7 +19,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 AUTO = "auto"
 
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-_IMPLEMENTED = {"reference": ".reference", }
+_IMPLEMENTED = {"reference": ".reference", "cpu": ".cpu"}
 _warned: set[str] = set()
 
 

@@ -113,7 +113,7 @@ def attention(
     ema_alpha: Tensor | None, first_key: Tensor | None, lattice: TorusLattice, scale: float, *,
     with_stats: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out, lse, entropy)``; the statistics are written where ``with_stats``, the LSE also where backward needs it."""
+    """``(out, lse, entropy)``; statistics are written where ``with_stats``, the LSE also where backward needs it."""
     differentiated = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, stream_weights, decay, ema_state, ema_alpha)
     )

@@ -21,7 +21,9 @@ def _turns(lattice: TorusLattice, seq_len: int, pairs: int, offset: int, device:
         positions, periods = (t // lattice.n_minor, t % lattice.n_minor), (lattice.n_major, lattice.n_minor)
     full_turn = (math.pi if lattice.topology == "cylinder" else 2 * math.pi, 2 * math.pi)
     angles = []
-    for position, period, turn, length in zip(positions, periods, full_turn, (lattice.n_major, lattice.n_minor)):
+    for position, period, turn, length in zip(
+        positions, periods, full_turn, (lattice.n_major, lattice.n_minor), strict=True
+    ):
         harmonics = 1 + torch.arange(pairs, device=device) % max(1, length // 2)
         steps = (position % period)[:, None] * harmonics
         if turn == 2 * math.pi:
@@ -34,7 +36,8 @@ def rope(x: Tensor, lattice: TorusLattice, offset: int, inverse: bool, out: Tens
     """Writes ``x`` ``[B, H, T, D]`` turned by its lattice positions, or back where ``inverse``."""
     acc = parameter_dtype(x.dtype)
     halves = []
-    for half, angle in zip(x.to(acc).chunk(2, dim=-1), _turns(lattice, x.shape[2], x.shape[3] // 4, offset, x.device)):
+    angles = _turns(lattice, x.shape[2], x.shape[3] // 4, offset, x.device)
+    for half, angle in zip(x.to(acc).chunk(2, dim=-1), angles, strict=True):
         cos, sin = angle.cos().to(acc), angle.sin().to(acc)  # [T, D/4]
         if inverse:
             sin = -sin

@@ -1,0 +1,230 @@
+// Registers the CPU kernels with PyTorch through its stable ABI, so that one binary serves torch 2.11 and newer.
+//
+// Schemas are stated in Python (torus_kernels/backends/cpu.py); callers there have checked every argument, made last
+// dimensions contiguous and allocated all outputs.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace torus {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+#if TORUS_X86
+const Kernels* best_kernels() {
+  __builtin_cpu_init();
+  const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return kernels_avx512();
+  return fma ? kernels_avx2() : kernels_baseline();
+}
+#else
+const Kernels* best_kernels() { return kernels_baseline(); }
+#endif
+
+// The widest instruction set of this machine, or the narrower one that TORUS_CPU_ISA names.
+const Kernels* choose_kernels() {
+  const Kernels* best = best_kernels();
+  const char* wanted = std::getenv("TORUS_CPU_ISA");
+  if (wanted == nullptr || *wanted == 0) return best;
+  const Kernels* ascending[] = {
+      kernels_baseline(),
+#if TORUS_X86
+      kernels_avx2(),
+      kernels_avx512(),
+#endif
+  };
+  for (const Kernels* kernels : ascending) {
+    if (std::string(kernels->isa) == wanted) return kernels;
+    if (kernels == best) break;
+  }
+  STD_TORCH_CHECK(false, "TORUS_CPU_ISA is '", wanted, "', but this machine runs up to '", best->isa,
+                  "' (baseline, avx2 and avx512 are the names)");
+  return nullptr;
+}
+
+const Kernels& kernels() {
+  static const Kernels* chosen = choose_kernels();
+  return *chosen;
+}
+
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Double: return DType::kFloat64;
+    default: return DType::kFloat32;
+  }
+}
+
+Tokens tokens_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+Tokens tokens_of(const Optional& x) { return x ? tokens_of(*x) : Tokens{}; }
+
+// Per head [H] (or [H, 8]) or per token [B, H, T] (or [B, H, T, 8]); contiguous.
+Parameter parameter_of(const Tensor& x, bool per_stream) {
+  const int64_t last = per_stream ? kNumStreams : 1;
+  if (x.dim() == (per_stream ? 2 : 1)) return {x.data_ptr(), 0, last, 0};
+  return {x.data_ptr(), x.size(1) * x.size(2) * last, x.size(2) * last, last};
+}
+Parameter parameter_of(const Optional& x) { return x ? parameter_of(*x, false) : Parameter{}; }
+
+void* pointer(const Optional& x) { return x ? x->data_ptr() : nullptr; }
+
+// Scratch lives in tensors of bytes: PyTorch's allocator counts it, and its debugging fill reaches it.
+class Workspace {
+ public:
+  Runtime runtime() {
+    return {[](int64_t begin, int64_t end, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+              torch::stable::parallel_for(begin, end, grain,
+                                          [&](int64_t first, int64_t last) { body(context, first, last); });
+            },
+            [](int64_t bytes, void* owner) { return static_cast<Workspace*>(owner)->allocate(bytes); }, this,
+            static_cast<int64_t>(torch::stable::get_num_threads())};
+  }
+
+ private:
+  void* allocate(int64_t bytes) {
+    constexpr int64_t alignment = 64;
+    const std::vector<int64_t> size = {bytes + alignment};
+    buffers_.push_back(torch::stable::empty(size, ScalarType::Byte));
+    const auto address = reinterpret_cast<uintptr_t>(buffers_.back().data_ptr());
+    return reinterpret_cast<void*>((address + alignment - 1) / alignment * alignment);
+  }
+  std::vector<Tensor> buffers_;
+};
+
+AttentionInputs attention_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weights,
+                                 const Tensor& decay, const Optional& state, const Optional& alpha,
+                                 const Optional& first_key, const std::vector<int64_t>& lattice, double scale) {
+  AttentionInputs in{};
+  in.lattice = lattice_from_spec(lattice.data());
+  in.dtype = dtype_of(q);
+  in.batch = q.size(0), in.heads = q.size(1), in.kv_heads = k.size(1), in.seq_len = q.size(2), in.head_dim = q.size(3);
+  in.scale = scale;
+  in.q = tokens_of(q), in.k = tokens_of(k), in.v = tokens_of(v), in.state = tokens_of(state);
+  in.weights = parameter_of(weights, true), in.decay = parameter_of(decay, true), in.alpha = parameter_of(alpha);
+  in.first_key = static_cast<const int64_t*>(pointer(first_key));
+  return in;
+}
+
+void attention_forward(Tensor q, Tensor k, Tensor v, Tensor weights, Tensor decay, Optional state, Optional alpha,
+                       Optional first_key, std::vector<int64_t> lattice, double scale, Tensor out, Optional lse,
+                       Optional entropy) {
+  Workspace workspace;
+  kernels().attention_forward({attention_inputs(q, k, v, weights, decay, state, alpha, first_key, lattice, scale),
+                               tokens_of(out), pointer(lse), pointer(entropy)},
+                              workspace.runtime());
+}
+
+void attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor weights, Tensor decay, Optional state,
+                        Optional alpha, Optional first_key, std::vector<int64_t> lattice, double scale, Tensor d_q,
+                        Tensor d_k, Tensor d_v, Tensor d_weights, Tensor d_decay, Optional d_state, Optional d_alpha) {
+  Workspace workspace;
+  kernels().attention_backward({attention_inputs(q, k, v, weights, decay, state, alpha, first_key, lattice, scale),
+                                tokens_of(d_out), tokens_of(d_q), tokens_of(d_k), tokens_of(d_v), tokens_of(d_state),
+                                d_weights.data_ptr(), d_decay.data_ptr(), pointer(d_alpha)},
+                               workspace.runtime());
+}
+
+Compound compound_of(const Tensor& x, const Tensor& state, const Tensor& alpha, const Optional& beta,
+                     const Optional& velocity) {
+  Compound p{};
+  p.dtype = dtype_of(x);
+  p.batch = x.size(0), p.heads = x.size(1), p.seq_len = x.size(2), p.head_dim = x.size(3);
+  p.x = tokens_of(x), p.state = tokens_of(state), p.velocity = tokens_of(velocity);
+  p.alpha = parameter_of(alpha, false), p.beta = parameter_of(beta);
+  return p;
+}
+
+void ema_compound(Tensor x, Tensor state, Tensor alpha, Optional beta, Optional velocity, Tensor out,
+                  Optional new_velocity) {
+  Workspace workspace;
+  Compound p = compound_of(x, state, alpha, beta, velocity);
+  p.out = tokens_of(out), p.new_velocity = tokens_of(new_velocity);
+  kernels().ema_compound(p, workspace.runtime());
+}
+
+void ema_compound_backward(Tensor d_out, Optional d_new_velocity, Tensor x, Tensor state, Tensor alpha, Optional beta,
+                           Optional velocity, Tensor d_x, Tensor d_state, Tensor d_alpha, Optional d_beta,
+                           Optional d_velocity) {
+  Workspace workspace;
+  kernels().ema_compound_backward(
+      {compound_of(x, state, alpha, beta, velocity), tokens_of(d_out), tokens_of(d_new_velocity), tokens_of(d_x),
+       tokens_of(d_state), tokens_of(d_velocity), d_alpha.data_ptr(), pointer(d_beta)},
+      workspace.runtime());
+}
+
+// The first of S states [S, B, H, T, D].
+Tokens states_of(const Tensor& x) { return {x.data_ptr(), x.stride(1), x.stride(2), x.stride(3)}; }
+
+Multiscale multiscale_of(const Tensor& x, const Tensor& states, const Tensor& alphas, const Tensor& scale_weights) {
+  Multiscale p{};
+  p.dtype = dtype_of(x);
+  p.scales = states.size(0);
+  p.batch = x.size(0), p.heads = x.size(1), p.seq_len = x.size(2), p.head_dim = x.size(3);
+  p.x = tokens_of(x), p.states = states_of(states), p.states_scale = states.stride(0);
+  p.alphas = {alphas.data_ptr(), 0, 1, p.heads}, p.scale_weights = {scale_weights.data_ptr(), 0, 0, 1};
+  return p;
+}
+
+void ema_multiscale(Tensor x, Tensor states, Tensor alphas, Tensor scale_weights, Tensor mixed, Tensor new_states) {
+  Workspace workspace;
+  Multiscale p = multiscale_of(x, states, alphas, scale_weights);
+  p.mixed = tokens_of(mixed), p.new_states = states_of(new_states), p.new_states_scale = new_states.stride(0);
+  kernels().ema_multiscale(p, workspace.runtime());
+}
+
+void ema_multiscale_backward(Tensor d_mixed, Tensor d_new_states, Tensor x, Tensor states, Tensor alphas,
+                             Tensor scale_weights, Tensor d_x, Tensor d_states, Tensor d_alphas,
+                             Tensor d_scale_weights) {
+  Workspace workspace;
+  kernels().ema_multiscale_backward(
+      {multiscale_of(x, states, alphas, scale_weights), tokens_of(d_mixed), states_of(d_new_states), tokens_of(d_x),
+       states_of(d_states), d_new_states.stride(0), d_states.stride(0), d_alphas.data_ptr(),
+       d_scale_weights.data_ptr()},
+      workspace.runtime());
+}
+
+void rope(Tensor x, std::vector<int64_t> lattice, int64_t offset, bool inverse, Tensor out) {
+  Workspace workspace;
+  kernels().rope({lattice_from_spec(lattice.data()), dtype_of(x), x.size(0), x.size(1), x.size(2), x.size(3),
+                  tokens_of(x), tokens_of(out), offset, inverse},
+                 workspace.runtime());
+}
+
+// The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512.
+int64_t instruction_set() {
+#if TORUS_X86
+  return &kernels() == kernels_avx512() ? 2 : &kernels() == kernels_avx2() ? 1 : 0;
+#else
+  return 0;
+#endif
+}
+
+}  // namespace
+}  // namespace torus
+
+STABLE_TORCH_LIBRARY_IMPL(torus_kernels, CPU, library) {
+  library.impl("cpu_attention_forward", TORCH_BOX(&torus::attention_forward));
+  library.impl("cpu_attention_backward", TORCH_BOX(&torus::attention_backward));
+  library.impl("cpu_ema_compound", TORCH_BOX(&torus::ema_compound));
+  library.impl("cpu_ema_compound_backward", TORCH_BOX(&torus::ema_compound_backward));
+  library.impl("cpu_ema_multiscale", TORCH_BOX(&torus::ema_multiscale));
+  library.impl("cpu_ema_multiscale_backward", TORCH_BOX(&torus::ema_multiscale_backward));
+  library.impl("cpu_rope", TORCH_BOX(&torus::rope));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torus_kernels, CompositeExplicitAutograd, library) {
+  library.impl("cpu_instruction_set", TORCH_BOX(&torus::instruction_set));
+}

@@ -1,0 +1,418 @@
+// Cross flows: windows around every query, computed as bands. A strip is two neighbouring columns of queries and many
+// rows: a row of keys that one query of the strip sees is, shifted by a constant, the row that the next one sees, so
+// slices of padded key rows serve them all without gathering. Both flows share one tile of scores.
+#pragma once
+
+#include "head.h"
+
+namespace torus::TORUS_ISA {
+
+constexpr int64_t kStrip = 2;         // columns of queries in a strip
+constexpr int64_t kStripRows = 16;    // rows of queries in a tile
+constexpr int64_t kMinUnitRows = 32;  // rows of queries in a unit of work
+
+// Consecutive rows a_first ... a_last of the window that are equally wide.
+struct WindowBand {
+  int64_t a_first, a_last;
+  int64_t b_lo, b_hi;
+  int64_t width;  // columns of a tile: what either query of a strip sees, rounded up to half vectors
+  int64_t slot;   // of the first row; every row takes `width` slots of a query's scores
+
+  TORUS_INLINE int64_t keys() const { return b_hi - b_lo + kStrip; }
+};
+
+constexpr int kMaxBands = 3;  // broad rows between narrow ones
+
+template <class T>
+struct CrossPlan {
+  CrossWindow window;
+  ActiveStreams active;
+  int64_t seq_len;
+  int64_t num_rows, num_cols;  // of the grid of queries
+  int64_t num_units;
+  int64_t max_unit_rows, max_key_rows;
+  int64_t key_ld;  // columns of a padded row of keys; column x holds lattice column x - window.b_hi
+  int num_bands;
+  WindowBand bands[kMaxBands];
+  int64_t slots;         // scores of one query, rounded up to vectors
+  int64_t unused_slots;  // of these, at the end
+  const T* rho_squared[kMaxStreamsPerTile];  // [kStrip, slots] for each flow
+
+  TORUS_INLINE int64_t first_row(int64_t unit) const { return unit * num_rows / num_units; }
+  TORUS_INLINE int64_t token(int64_t row, int64_t col) const {
+    const int64_t m = window.lattice.n_minor;
+    return row * m + (window.lattice.causal() ? col : floor_mod(col, m));
+  }
+  TORUS_INLINE int64_t wrap_row(int64_t row) const {
+    return window.lattice.topology == kPeriodic ? floor_mod(row, num_rows) : row;
+  }
+  // Whether any key lies in this row. Time winds: the right halo of row -1 holds the first tokens.
+  TORUS_INLINE bool row_exists(int64_t row) const {
+    switch (window.lattice.topology) {
+      case kPeriodic: return true;
+      case kCylinder: return row >= 0 && row < num_rows;
+      default: return row >= -1;
+    }
+  }
+  // Units write gradients into their neighbours' keys, so they take turns; around a loop an odd one is left over.
+  TORUS_INLINE int64_t turns() const {
+    const bool closes = window.lattice.topology == kPeriodic;
+    return num_units == 1 ? 1 : closes && num_units % 2 == 1 ? 3 : 2;
+  }
+  TORUS_INLINE int64_t turn(int64_t unit) const { return turns() == 3 && unit == num_units - 1 ? 2 : unit % 2; }
+};
+
+template <class T>
+CrossPlan<T> plan_cross(const Lattice& lattice, int64_t seq_len) {
+  CrossPlan<T> plan{};
+  plan.window = cross_window(lattice, seq_len);
+  plan.seq_len = seq_len;
+  plan.active.add(lattice, kCrossUToV);
+  plan.active.add(lattice, kCrossVToU);
+  if (plan.active.count == 0) return plan;
+  const CrossWindow& window = plan.window;
+  plan.num_rows = lattice.causal() ? ceil_div(seq_len, lattice.n_minor) : lattice.n_major;
+  plan.num_cols = lattice.causal() ? min_of(lattice.n_minor, seq_len) : lattice.n_minor;
+  const int64_t reach = window.a_hi - window.a_lo;
+  // Halos reach one row further where time winds.
+  plan.num_units = max_of(1, plan.num_rows / max_of(kMinUnitRows, reach + 2));
+  plan.max_unit_rows = ceil_div(plan.num_rows, plan.num_units);
+  plan.max_key_rows = plan.max_unit_rows + reach;
+  const int64_t half = kHalfLanes<T>;
+  plan.key_ld =
+      round_up(round_up(plan.num_cols, kStrip) + window.b_hi - window.b_lo + half, kLanes<T>);
+  int64_t slot = 0;
+  for (int64_t a = window.a_lo; a <= window.a_hi; ++a) {
+    const int64_t half_width = window.half_width(a);
+    const int64_t b_lo = max_of(window.b_lo, -half_width), b_hi = min_of(window.b_hi, half_width);
+    WindowBand* band = plan.num_bands > 0 ? &plan.bands[plan.num_bands - 1] : nullptr;
+    if (band == nullptr || band->b_lo != b_lo || band->b_hi != b_hi) {
+      band = &plan.bands[plan.num_bands++];
+      *band = {a, a, b_lo, b_hi, round_up(b_hi - b_lo + kStrip, half), slot};
+    }
+    band->a_last = a;
+    slot += band->width;
+  }
+  plan.slots = round_up(slot, kLanes<T>);
+  plan.unused_slots = plan.slots - slot;
+  return plan;
+}
+
+// Calls visit(column, slot, a, b) for every slot of both queries of a strip.
+template <class T, class Visit>
+TORUS_INLINE void for_each_slot(const CrossPlan<T>& plan, Visit visit) {
+  for (int64_t column = 0; column < kStrip; ++column)
+    for (int i = 0; i < plan.num_bands; ++i) {
+      const WindowBand& band = plan.bands[i];
+      for (int64_t a = band.a_first; a <= band.a_last; ++a)
+        for (int64_t x = 0; x < band.width; ++x)
+          visit(column, band.slot + (a - band.a_first) * band.width + x, a, column + band.b_hi - x);
+    }
+}
+
+template <class T>
+void fill_rho_squared(const CrossPlan<T>& plan, int stream, T* table) {
+  zero(table, kStrip * plan.slots);
+  for_each_slot(plan, [&](int64_t column, int64_t slot, int64_t a, int64_t b) {
+    if (plan.window.visible(stream, a, b))
+      table[column * plan.slots + slot] = static_cast<T>(plan.window.rho_squared(stream, a, b));
+  });
+}
+
+template <class T>
+void fill_bias(const CrossPlan<T>& plan, int stream, const T* rho_squared, T decay, T* table) {
+  const T factor = static_cast<T>(-0.5 * kLog2e) * decay;
+  for (int64_t i = 0; i < kStrip * plan.slots; ++i) table[i] = kNegativeInfinity<T>;
+  for_each_slot(plan, [&](int64_t column, int64_t slot, int64_t a, int64_t b) {
+    const int64_t i = column * plan.slots + slot;
+    if (plan.window.visible(stream, a, b)) table[i] = factor * rho_squared[i];
+  });
+}
+
+// One unit of work: rows [first, last) of queries, all columns, and the padded rows of keys around them.
+template <class T>
+struct CrossUnit {
+  const CrossPlan<T>& plan;
+  const Head<T>& head;
+  int64_t first, last;
+  int64_t key_row0, num_key_rows;
+  int64_t padded_dim, panel;  // panel: numbers in one padded row of keys
+
+  TORUS_INLINE CrossUnit(const CrossPlan<T>& plan, const Head<T>& head, int64_t unit) : plan(plan), head(head) {
+    first = plan.first_row(unit);
+    last = plan.first_row(unit + 1);
+    key_row0 = first - plan.window.a_hi;
+    num_key_rows = last - plan.window.a_lo - key_row0;
+    padded_dim = head.q.padded_dim;
+    panel = plan.key_ld * padded_dim;
+  }
+
+  // The token behind column x of a padded row, or -1 where there is none.
+  TORUS_INLINE int64_t key_token(int64_t row, int64_t x) const {
+    const CrossWindow& window = plan.window;
+    if (x >= plan.num_cols + window.b_hi - window.b_lo) return -1;
+    const int64_t token = plan.token(plan.wrap_row(row), x - window.b_hi);
+    return token >= 0 && token < plan.seq_len ? token : -1;
+  }
+
+  // Padded rows of keys [rows, key_ld, Dp]; zeros where there is no token.
+  TORUS_INLINE void gather_keys(const Rows<T>& tokens, int64_t row, T* into) const {
+    for (int64_t x = 0; x < plan.key_ld; ++x) {
+      const int64_t token = key_token(row, x);
+      if (token < 0) {
+        zero(into + x * padded_dim, padded_dim);
+      } else {
+        tokens.read(token, into + x * padded_dim);
+      }
+    }
+  }
+  TORUS_INLINE void turn(const T* rows, T* turned) const {
+    transpose(rows, plan.key_ld, padded_dim, padded_dim, turned, plan.key_ld);
+  }
+  TORUS_INLINE void scatter_add_keys(T* tokens, int64_t row, const T* rows) const {
+    for (int64_t x = 0; x < plan.key_ld; ++x) {
+      const int64_t token = key_token(row, x);
+      if (token >= 0) add_row(tokens + token * padded_dim, rows + x * padded_dim, padded_dim);
+    }
+  }
+};
+
+// Two columns of queries and up to kStripRows rows: query (row0 + r, col0 + c) is row r * kStrip + c of the tile.
+template <class T>
+struct CrossTile {
+  const CrossUnit<T>& unit;
+  int64_t row0, num_rows, col0;
+
+  TORUS_INLINE int64_t query_token(int64_t query) const {
+    const int64_t col = col0 + query % kStrip;
+    if (col >= unit.plan.num_cols) return -1;
+    const int64_t token = unit.plan.token(row0 + query / kStrip, col);
+    return token < unit.plan.seq_len ? token : -1;
+  }
+  TORUS_INLINE int64_t num_queries() const { return num_rows * kStrip; }
+
+  TORUS_INLINE void gather(const Rows<T>& tokens, T* into) const {
+    for (int64_t query = 0; query < num_queries(); ++query) {
+      const int64_t t = query_token(query);
+      if (t < 0) {
+        zero(into + query * unit.padded_dim, unit.padded_dim);
+      } else {
+        tokens.read(t, into + query * unit.padded_dim);
+      }
+    }
+  }
+  TORUS_INLINE void scatter_add(T* tokens, const T* rows) const {
+    for (int64_t query = 0; query < num_queries(); ++query) {
+      const int64_t t = query_token(query);
+      if (t >= 0) add_row(tokens + t * unit.padded_dim, rows + query * unit.padded_dim, unit.padded_dim);
+    }
+  }
+
+  // Calls visit(key_row, band, query0, queries, slot0) for every row of keys and band of the window in which some of
+  // the tile's queries see it: `queries` of them from query0, whose scores start at slot0 in the first.
+  template <class Visit>
+  TORUS_INLINE void for_each_slice(Visit visit) const {
+    const CrossPlan<T>& plan = unit.plan;
+    const int64_t last = row0 + num_rows - 1;
+    for (int64_t row = row0 - plan.window.a_hi; row <= last - plan.window.a_lo; ++row)
+      for (int i = 0; i < plan.num_bands; ++i) {
+        const WindowBand& band = plan.bands[i];
+        const int64_t from = max_of(row0, row + band.a_first), to = min_of(last, row + band.a_last);
+        if (from > to) continue;
+        visit(row, band, (from - row0) * kStrip, (to - from + 1) * kStrip,
+              band.slot + (from - row - band.a_first) * band.width);
+      }
+  }
+
+  // Where a band's keys start in a padded row.
+  TORUS_INLINE int64_t column(const WindowBand& band) const { return col0 - band.b_hi + unit.plan.window.b_hi; }
+  // Scores of one slice: the next query down sees the row one window row later.
+  TORUS_INLINE PairStride score_stride(const WindowBand& band) const {
+    return {kStrip * unit.plan.slots + band.width, unit.plan.slots};
+  }
+
+  // scores (+)= queries * turned keys
+  TORUS_INLINE void multiply_keys(const T* queries, const T* turned, T* scores) const {
+    const CrossPlan<T>& plan = unit.plan;
+    const int64_t dp = unit.padded_dim;
+    for_each_slice([&](int64_t row, const WindowBand& band, int64_t query0, int64_t count, int64_t slot) {
+      T* target = scores + query0 * plan.slots + slot;
+      const PairStride stride = score_stride(band);
+      if (plan.row_exists(row)) {
+        gemm<T>(count, band.width, dp, {queries + query0 * dp, every(dp), every(1)},
+                turned + (row - unit.key_row0) * unit.panel + column(band), plan.key_ld, {target, stride, false});
+      } else {
+        for (int64_t i = 0; i < count; ++i) zero(target + stride.at(i), band.width);
+      }
+    });
+    for (int64_t query = 0; query < num_queries(); ++query)
+      zero(scores + (query + 1) * plan.slots - plan.unused_slots, plan.unused_slots);
+  }
+
+  // outputs += probs * values
+  TORUS_INLINE void multiply_values(const T* probs, const T* values, T* outputs) const {
+    const int64_t dp = unit.padded_dim;
+    for_each_slice([&](int64_t row, const WindowBand& band, int64_t query0, int64_t count, int64_t slot) {
+      if (!unit.plan.row_exists(row)) return;
+      gemm<T>(count, dp, band.keys(), {probs + query0 * unit.plan.slots + slot, score_stride(band), every(1)},
+              values + (row - unit.key_row0) * unit.panel + column(band) * dp, dp,
+              {outputs + query0 * dp, every(dp), true});
+    });
+  }
+
+  // key gradients += probs^T * rows of queries
+  TORUS_INLINE void multiply_transposed(const T* probs, const T* queries, T* d_keys) const {
+    const int64_t dp = unit.padded_dim;
+    for_each_slice([&](int64_t row, const WindowBand& band, int64_t query0, int64_t count, int64_t slot) {
+      if (!unit.plan.row_exists(row)) return;
+      gemm<T>(band.keys(), dp, count, {probs + query0 * unit.plan.slots + slot, every(1), score_stride(band)},
+              queries + query0 * dp, dp,
+              {d_keys + (row - unit.key_row0) * unit.panel + column(band) * dp, every(dp), true});
+    });
+  }
+
+  TORUS_INLINE void bias_rows(int64_t query, int64_t t, StreamRow<T>* streams, T* buffer) const {
+    const CrossPlan<T>& plan = unit.plan;
+    const CrossWindow& window = plan.window;
+    const bool causal = window.lattice.causal();
+    const int64_t m = window.lattice.n_minor, row = row0 + query / kStrip, at = query % kStrip * plan.slots;
+    const int64_t oldest = causal ? unit.head.oldest_key(t) : 0;
+    const bool hide = causal ? t - window.a_hi * m - window.b_hi < oldest
+                             : !plan.row_exists(row - window.a_hi) || !plan.row_exists(row - window.a_lo);
+    for (int s = 0; s < plan.active.count; ++s) {
+      streams[s].bias = unit.head.bias[plan.active.index[s]] + at;
+      streams[s].rho_squared = plan.rho_squared[plan.active.index[s] - kCrossUToV] + at;
+      if (!hide) continue;
+      T* hidden = buffer + s * plan.slots;
+      for (int64_t i = plan.slots - plan.unused_slots; i < plan.slots; ++i) hidden[i] = kNegativeInfinity<T>;
+      for (int i = 0; i < plan.num_bands; ++i) {
+        const WindowBand& band = plan.bands[i];
+        for (int64_t a = band.a_first; a <= band.a_last; ++a) {
+          const int64_t slot = band.slot + (a - band.a_first) * band.width;
+          const int64_t leftmost = (row - a) * m + col0 - band.b_hi;
+          const int64_t from = !plan.row_exists(row - a) ? band.width
+                               : causal                  ? min_of(band.width, max_of(0, oldest - leftmost))
+                                                         : 0;
+          hide_outside(streams[s].bias + slot, band.width, from, band.width, hidden + slot);
+        }
+      }
+      streams[s].bias = hidden;
+    }
+  }
+};
+
+// Visits all tiles of a unit.
+template <class T, class Visit>
+TORUS_INLINE void for_each_tile(const CrossUnit<T>& unit, Visit visit) {
+  for (int64_t row0 = unit.first; row0 < unit.last; row0 += kStripRows)
+    for (int64_t col0 = 0; col0 < unit.plan.num_cols; col0 += kStrip)
+      visit(CrossTile<T>{unit, row0, min_of(kStripRows, unit.last - row0), col0});
+}
+
+constexpr int64_t kTileQueries = kStrip * kStripRows;
+
+template <class T>
+struct CrossForwardScratch {
+  T *rows, *turned_keys, *values, *queries, *scores, *outputs, *exps, *bias;
+  CrossForwardScratch(const CrossPlan<T>& plan, int64_t padded_dim, Arena& arena) {
+    const int64_t panel = plan.key_ld * padded_dim;
+    rows = arena.take<T>(panel);
+    for (T** panels : {&turned_keys, &values}) *panels = arena.take<T>(plan.max_key_rows * panel);
+    for (T** tile : {&queries, &outputs}) *tile = arena.take<T>(kTileQueries * padded_dim);
+    scores = arena.take<T>(kTileQueries * plan.slots);
+    for (T** pair : {&exps, &bias}) *pair = arena.take<T>(kMaxStreamsPerTile * plan.slots);
+  }
+};
+
+template <class T>
+void cross_forward(const CrossPlan<T>& plan, const Head<T>& head, int64_t index, T scale, Arena arena) {
+  const CrossUnit<T> unit(plan, head, index);
+  const int64_t dp = unit.padded_dim;
+  const CrossForwardScratch<T> w(plan, dp, arena);
+  const T scale2 = scale * static_cast<T>(kLog2e);
+  for (int64_t r = 0; r < unit.num_key_rows; ++r) {
+    if (!plan.row_exists(unit.key_row0 + r)) continue;
+    unit.gather_keys(head.k, unit.key_row0 + r, w.rows);
+    unit.turn(w.rows, w.turned_keys + r * unit.panel);
+    unit.gather_keys(head.v, unit.key_row0 + r, w.values + r * unit.panel);
+  }
+  for_each_tile(unit, [&](const CrossTile<T>& tile) {
+    tile.gather(head.q, w.queries);
+    tile.multiply_keys(w.queries, w.turned_keys, w.scores);
+    for (int64_t query = 0; query < tile.num_queries(); ++query) {
+      const int64_t t = tile.query_token(query);
+      if (t < 0) continue;
+      StreamRow<T> streams[kMaxStreamsPerTile];
+      tile.bias_rows(query, t, streams, w.bias);
+      mix_streams(head, plan.active, t, w.scores + query * plan.slots, plan.slots, scale2, streams, w.exps,
+                  plan.slots);
+    }
+    zero(w.outputs, tile.num_queries() * dp);
+    tile.multiply_values(w.scores, w.values, w.outputs);
+    tile.scatter_add(head.y, w.outputs);
+  });
+}
+
+template <class T>
+struct CrossBackwardScratch {
+  T *keys, *turned_keys, *turned_values, *d_keys, *d_values, *rows, *queries, *d_out, *d_queries, *scores, *d_probs,
+      *exps, *bias;
+  CrossBackwardScratch(const CrossPlan<T>& plan, int64_t padded_dim, Arena& arena) {
+    const int64_t panel = plan.key_ld * padded_dim;
+    for (T** panels : {&keys, &turned_keys, &turned_values, &d_keys, &d_values})
+      *panels = arena.take<T>(plan.max_key_rows * panel);
+    rows = arena.take<T>(panel);
+    for (T** tile : {&queries, &d_out, &d_queries}) *tile = arena.take<T>(kTileQueries * padded_dim);
+    for (T** tile : {&scores, &d_probs}) *tile = arena.take<T>(kTileQueries * plan.slots);
+    for (T** pair : {&exps, &bias}) *pair = arena.take<T>(kMaxStreamsPerTile * plan.slots);
+  }
+};
+
+template <class T>
+void cross_backward(const CrossPlan<T>& plan, const Head<T>& head, int64_t index, T scale, Arena arena) {
+  const CrossUnit<T> unit(plan, head, index);
+  const int64_t dp = unit.padded_dim;
+  const CrossBackwardScratch<T> w(plan, dp, arena);
+  const T scale2 = scale * static_cast<T>(kLog2e);
+  for (int64_t r = 0; r < unit.num_key_rows; ++r) {
+    if (!plan.row_exists(unit.key_row0 + r)) continue;
+    const int64_t at = r * unit.panel;
+    unit.gather_keys(head.k, unit.key_row0 + r, w.keys + at);
+    unit.turn(w.keys + at, w.turned_keys + at);
+    unit.gather_keys(head.v, unit.key_row0 + r, w.rows);
+    unit.turn(w.rows, w.turned_values + at);
+    zero(w.d_keys + at, unit.panel);
+    zero(w.d_values + at, unit.panel);
+  }
+  for_each_tile(unit, [&](const CrossTile<T>& tile) {
+    tile.gather(head.q, w.queries);
+    tile.gather(head.d_out, w.d_out);
+    tile.multiply_keys(w.queries, w.turned_keys, w.scores);
+    tile.multiply_keys(w.d_out, w.turned_values, w.d_probs);
+    for (int64_t query = 0; query < tile.num_queries(); ++query) {
+      const int64_t t = tile.query_token(query);
+      T *scores = w.scores + query * plan.slots, *d_probs = w.d_probs + query * plan.slots;
+      if (t < 0) {
+        zero(scores, plan.slots);
+        zero(d_probs, plan.slots);
+        continue;
+      }
+      StreamRow<T> streams[kMaxStreamsPerTile];
+      tile.bias_rows(query, t, streams, w.bias);
+      mix_streams_backward(head, plan.active, t, scores, d_probs, plan.slots, scale, scale2, streams, w.exps,
+                           plan.slots);
+    }
+    tile.multiply_transposed(w.scores, w.d_out, w.d_values);
+    tile.multiply_transposed(w.d_probs, w.queries, w.d_keys);
+    zero(w.d_queries, tile.num_queries() * dp);
+    tile.multiply_values(w.d_probs, w.keys, w.d_queries);
+    tile.scatter_add(head.d_q, w.d_queries);
+  });
+  for (int64_t r = 0; r < unit.num_key_rows; ++r) {
+    if (!plan.row_exists(unit.key_row0 + r)) continue;
+    unit.scatter_add_keys(head.d_k, unit.key_row0 + r, w.d_keys + r * unit.panel);
+    unit.scatter_add_keys(head.d_v, unit.key_row0 + r, w.d_values + r * unit.panel);
+  }
+}
+
+}  // namespace torus::TORUS_ISA

@@ -1,0 +1,43 @@
+// The kernels for one instruction set: this file is compiled once for each, with TORUS_ISA naming it.
+#include <utility>
+
+#include "attention.h"
+#include "compounding.h"
+#include "rope.h"
+
+namespace torus {
+namespace TORUS_ISA {
+
+// The compute type is double for float64 tokens and float for all others.
+#define TORUS_BY_COMPUTE_TYPE(kernel, Problem, dtype)                        \
+  static void run_##kernel(const Problem& problem, const Runtime& runtime) { \
+    if (dtype == DType::kFloat64)                                            \
+      kernel<double>(problem, runtime);                                      \
+    else                                                                     \
+      kernel<float>(problem, runtime);                                       \
+  }
+
+TORUS_BY_COMPUTE_TYPE(attention_forward, AttentionForward, problem.in.dtype)
+TORUS_BY_COMPUTE_TYPE(attention_backward, AttentionBackward, problem.in.dtype)
+TORUS_BY_COMPUTE_TYPE(ema_compound, Compound, problem.dtype)
+TORUS_BY_COMPUTE_TYPE(ema_compound_backward, CompoundBackward, problem.forward.dtype)
+TORUS_BY_COMPUTE_TYPE(ema_multiscale, Multiscale, problem.dtype)
+TORUS_BY_COMPUTE_TYPE(ema_multiscale_backward, MultiscaleBackward, problem.forward.dtype)
+TORUS_BY_COMPUTE_TYPE(rope, Rope, problem.dtype)
+
+}  // namespace TORUS_ISA
+
+#define TORUS_STRING_(x) #x
+#define TORUS_STRING(x) TORUS_STRING_(x)
+#define TORUS_JOIN_(a, b) a##b
+#define TORUS_JOIN(a, b) TORUS_JOIN_(a, b)
+
+const Kernels* TORUS_JOIN(kernels_, TORUS_ISA)() {
+  static constexpr Kernels table = {TORUS_STRING(TORUS_ISA), TORUS_ISA::run_attention_forward,
+                                    TORUS_ISA::run_attention_backward, TORUS_ISA::run_ema_compound,
+                                    TORUS_ISA::run_ema_compound_backward, TORUS_ISA::run_ema_multiscale,
+                                    TORUS_ISA::run_ema_multiscale_backward, TORUS_ISA::run_rope};
+  return &table;
+}
+
+}  // namespace torus

@@ -1,0 +1,174 @@
+// Rows of tokens between memory (any supported dtype, any strides) and tiles (compute type, rows padded with zeros to
+// whole vectors).
+#pragma once
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace torus::TORUS_ISA {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+TORUS_INLINE float to_compute(float x) { return x; }
+TORUS_INLINE double to_compute(double x) { return x; }
+TORUS_INLINE float to_compute(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof(y));
+  return y;
+}
+TORUS_INLINE float to_compute(Half x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  // Exponents are rebiased by a product, which turns subnormal halves into normal floats; Inf and NaN keep theirs.
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+  uint32_t bits = magnitude << 13;
+  float y;
+  std::memcpy(&y, &bits, sizeof(y));
+  y *= 5.192296858534828e33f;  // 2^112
+  std::memcpy(&bits, &y, sizeof(y));
+  if (magnitude >= 0x7c00u) bits |= 0x7f800000u;
+  bits |= sign;
+  std::memcpy(&y, &bits, sizeof(y));
+  return y;
+#endif
+}
+
+// Round to nearest, ties to even.
+TORUS_INLINE void from_compute(float x, float& y) { y = x; }
+TORUS_INLINE void from_compute(double x, double& y) { y = x; }
+TORUS_INLINE void from_compute(float x, BFloat16& y) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(x));
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  y.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+}
+TORUS_INLINE void from_compute(float x, Half& y) {
+#if defined(__F16C__)
+  y.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(x));
+  const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude >= 0x47800000u) {  // at least 2^16, or not a number
+    y.bits = static_cast<uint16_t>(sign | (magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u));
+  } else if (magnitude < 0x38800000u) {  // below the smallest normal half: adding 1/2 aligns and rounds
+    float value;
+    std::memcpy(&value, &magnitude, sizeof(value));
+    value += 0.5f;
+    uint32_t aligned;
+    std::memcpy(&aligned, &value, sizeof(value));
+    y.bits = static_cast<uint16_t>(sign | (aligned - 0x3f000000u));
+  } else {
+    const uint32_t rebased = magnitude - 0x38000000u;
+    y.bits = static_cast<uint16_t>(sign | ((rebased + 0xfffu + ((rebased >> 13) & 1u)) >> 13));
+  }
+#endif
+}
+
+template <class Source, class T>
+void load_row(const void* source, T* row, int64_t head_dim) {
+  const Source* from = static_cast<const Source*>(source);
+  int64_t d = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Source) == 2 && __is_same(Source, Half)) {
+    for (; d + 8 <= head_dim; d += 8)
+      _mm256_storeu_ps(row + d, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + d))));
+  }
+#endif
+  for (; d < head_dim; ++d) row[d] = to_compute(from[d]);
+}
+
+template <class Source, class T>
+void store_row(const T* row, void* target, int64_t head_dim) {
+  Source* to = static_cast<Source*>(target);
+  int64_t d = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Source) == 2 && __is_same(Source, Half)) {
+    for (; d + 8 <= head_dim; d += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + d),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(row + d), _MM_FROUND_TO_NEAREST_INT));
+  }
+#endif
+  for (; d < head_dim; ++d) from_compute(row[d], to[d]);
+}
+
+// The rows of one (batch, head) of a tensor of tokens.
+template <class T>
+struct Rows {
+  char* data;
+  int64_t stride;  // bytes from one token to the next
+  int64_t head_dim, padded_dim;
+  void (*load)(const void*, T*, int64_t);
+  void (*save)(const T*, void*, int64_t);
+
+  TORUS_INLINE void read(int64_t token, T* row) const {
+    load(data + token * stride, row, head_dim);
+    zero_padding(row);
+  }
+  TORUS_INLINE void write(int64_t token, const T* row) const { save(row, data + token * stride, head_dim); }
+  TORUS_INLINE void zero_padding(T* row) const {
+    for (int64_t d = head_dim; d < padded_dim; ++d) row[d] = 0;
+  }
+};
+
+template <class T>
+TORUS_INLINE Rows<T> rows_of(const Tokens& tokens, DType dtype, int64_t batch, int64_t head, int64_t head_dim) {
+  Rows<T> rows{};
+  rows.head_dim = head_dim;
+  rows.padded_dim = round_up(head_dim, kLanes<T>);
+  int64_t bytes;
+  if constexpr (sizeof(T) == 8) {
+    bytes = 8, rows.load = load_row<double, T>, rows.save = store_row<double, T>;
+  } else {
+    switch (dtype) {
+      case DType::kFloat16: bytes = 2, rows.load = load_row<Half, T>, rows.save = store_row<Half, T>; break;
+      case DType::kBFloat16: bytes = 2, rows.load = load_row<BFloat16, T>, rows.save = store_row<BFloat16, T>; break;
+      default: bytes = 4, rows.load = load_row<float, T>, rows.save = store_row<float, T>; break;
+    }
+  }
+  rows.data = static_cast<char*>(tokens.data) + (batch * tokens.batch + head * tokens.head) * bytes;
+  rows.stride = tokens.token * bytes;
+  return rows;
+}
+
+// src [n, width] -> dst [width, ldd]; n and width are multiples of a vector.
+template <class T>
+void transpose(const T* src, int64_t n, int64_t width, int64_t lds, T* dst, int64_t ldd) {
+  for (int64_t i = 0; i < n; i += kLanes<T>)
+    for (int64_t d = 0; d < width; d += kLanes<T>) transpose_block(src + i * lds + d, lds, dst + d * ldd + i, ldd);
+}
+
+template <class T>
+TORUS_INLINE void add_row(T* into, const T* row, int64_t padded_dim) {
+  for (int64_t d = 0; d < padded_dim; d += kLanes<T>) store(into + d, load(into + d) + load(row + d));
+}
+
+template <class T>
+TORUS_INLINE void zero(T* p, int64_t count) {
+  std::memset(p, 0, static_cast<size_t>(count) * sizeof(T));
+}
+
+// A bump allocator over one thread's scratch; run from address 0 it measures how much is needed.
+struct Arena {
+  uintptr_t base = 0;
+  int64_t used = 0;
+  template <class T>
+  TORUS_INLINE T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(base + static_cast<uintptr_t>(used));
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return p;
+  }
+};
+
+}  // namespace torus::TORUS_ISA

@@ -1,0 +1,68 @@
+// Rotary positions on the lattice.
+#pragma once
+
+#include "team.h"
+
+namespace torus::TORUS_ISA {
+
+// Where tokens stand on one loop: position t of `period`, a full period being `turn` radians.
+struct RopeAxis {
+  int64_t period, harmonics;
+  double turn;
+};
+
+// cos and sin of the first harmonics of angle turn * position / period; harmonics start again after `harmonics`.
+template <class T>
+TORUS_INLINE void fill_turns(const RopeAxis& axis, int64_t position, bool inverse, int64_t pairs, T* cos, T* sin) {
+  const double angle = axis.turn * static_cast<double>(position) / static_cast<double>(axis.period);
+  const double c = __builtin_cos(angle), s = inverse ? -__builtin_sin(angle) : __builtin_sin(angle);
+  double x = c, y = s;  // of the current harmonic: each is the one before turned once more
+  for (int64_t i = 0; i < pairs; ++i) {
+    if (i % axis.harmonics == 0) x = c, y = s;
+    cos[i] = static_cast<T>(x);
+    sin[i] = static_cast<T>(y);
+    const double next = x * c - y * s;
+    y = x * s + y * c;
+    x = next;
+  }
+}
+
+template <class T>
+void rope(const Rope& p, const Runtime& runtime) {
+  const Lattice& lattice = p.lattice;
+  const int64_t pairs = p.head_dim / 4, m = lattice.n_minor;
+  const bool causal = lattice.causal();
+  const RopeAxis major = {causal ? lattice.num_sites() : lattice.n_major, max_of(1, lattice.n_major / 2),
+                          lattice.topology == kCylinder ? kPi : 2 * kPi};
+  const RopeAxis minor = {m, max_of(1, m / 2), 2 * kPi};
+  const int64_t bytes = 2 * round_up(p.head_dim, 64) * static_cast<int64_t>(sizeof(T));
+  const uintptr_t scratch =
+      reinterpret_cast<uintptr_t>(runtime.allocate(runtime.num_threads * bytes, runtime.owner));
+  // All heads of a token turn alike, so the angles are found once.
+  Team{runtime, scratch, bytes}.run(p.seq_len, [&](int64_t t, Arena arena) {
+    T* const row = arena.take<T>(round_up(p.head_dim, 64));
+    T* const cos = arena.take<T>(2 * pairs);
+    T* const sin = arena.take<T>(2 * pairs);
+    const int64_t at = p.offset % (causal ? lattice.num_sites() : 1) + t;
+    fill_turns(major, causal ? at % lattice.num_sites() : t / m, p.inverse, pairs, cos, sin);
+    fill_turns(minor, causal ? at % m : t % m, p.inverse, pairs, cos + pairs, sin + pairs);
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t h = 0; h < p.heads; ++h) {
+        const Rows<T> x = rows_of<T>(p.x, p.dtype, b, h, p.head_dim);
+        const Rows<T> out = rows_of<T>(p.out, p.dtype, b, h, p.head_dim);
+        x.load(x.data + t * x.stride, row, p.head_dim);
+        for (int64_t half = 0; half < 2; ++half) {
+          T *first = row + 2 * half * pairs, *second = first + pairs;
+          const T *c = cos + half * pairs, *s = sin + half * pairs;
+          for (int64_t i = 0; i < pairs; ++i) {
+            const T x1 = first[i], x2 = second[i];
+            first[i] = x1 * c[i] - x2 * s[i];
+            second[i] = x1 * s[i] + x2 * c[i];
+          }
+        }
+        out.write(t, row);
+      }
+  });
+}
+
+}  // namespace torus::TORUS_ISA
