@@ -249,7 +249,7 @@ def ensure_extension() -> Path:
         if _outcome is None:
             try:
                 _outcome = _find_or_build()
-            except BuildError as error:
+            except (BuildError, OSError) as error:
                 _outcome = str(error)
     if isinstance(_outcome, str):
         raise BuildError(_outcome)

@@ -55,15 +55,30 @@ struct Call {
   }
   int64_t tokens() const { return in.seq_len * padded_dim; }
 
+  // Whether tokens are read where they are: in the compute type, their rows whole vectors.
+  bool in_place() const {
+    return in.dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32) && in.head_dim == padded_dim;
+  }
+
+  // Rows of one head in the compute type: in place, or `buffer` [T, Dp], which `fill` then writes.
+  TokenRows<T> staged(const Tokens& tokens, int64_t batch, int64_t head, const T* buffer) const {
+    if (!in_place()) return {buffer, padded_dim};
+    return {static_cast<const T*>(tokens.data) + batch * tokens.batch + head * tokens.head, tokens.token};
+  }
+  void fill(const TokenRows<T>& rows, const Tokens& tokens, int64_t batch, int64_t head, int64_t t0,
+            int64_t t1) const {
+    if (in_place()) return;
+    const Rows<T> from = rows_of<T>(tokens, in.dtype, batch, head, in.head_dim);
+    for (int64_t t = t0; t < t1; ++t) from.read(t, const_cast<T*>(rows.at(t)));
+  }
+
   // What one head needs from its inputs; `tables` is room for its biases.
   Head<T> head(int64_t index, T* tables) const {
     Head<T> head{};
     head.batch = index / in.heads;
     head.index = index % in.heads;
     const int64_t b = head.batch, h = head.index;
-    head.q = rows_of<T>(in.q, in.dtype, b, h, in.head_dim);
-    head.k = rows_of<T>(in.k, in.dtype, b, h / group, in.head_dim);
-    head.v = rows_of<T>(in.v, in.dtype, b, h / group, in.head_dim);
+    head.padded_dim = padded_dim;
     head.weights = static_cast<const T*>(in.weights.data) + b * in.weights.batch + h * in.weights.head;
     head.weights_token = in.weights.token;
     if (in.alpha.data != nullptr) {
@@ -74,6 +89,20 @@ struct Call {
     for (int s = 0; s < kNumStreams; ++s)
       if (in.lattice.has(s)) head.bias[s] = tables + table_offset[s];
     return head;
+  }
+
+  // Queries, keys and values of a head; `buffer` is room for three times [T, Dp].
+  void stage_inputs(Head<T>& head, const T* buffer) const {
+    const int64_t b = head.batch, h = head.index;
+    head.q = staged(in.q, b, h, buffer);
+    head.k = staged(in.k, b, h / group, buffer + tokens());
+    head.v = staged(in.v, b, h / group, buffer + 2 * tokens());
+  }
+  void fill_inputs(const Head<T>& head, int64_t t0, int64_t t1) const {
+    const int64_t b = head.batch, h = head.index;
+    fill(head.q, in.q, b, h, t0, t1);
+    fill(head.k, in.k, b, h / group, t0, t1);
+    fill(head.v, in.v, b, h / group, t0, t1);
   }
 
   void fill_tables(const Head<T>& head) const {
@@ -154,6 +183,8 @@ void attention_forward(const AttentionForward& problem, const Runtime& given) {
   const uintptr_t scratch = reinterpret_cast<uintptr_t>(runtime.allocate(threads * scratch_bytes, runtime.owner));
   T* const tables = call.allocate(threads * call.table_count);
   T* const sums = call.allocate(threads * tokens);
+  const int64_t staging = call.in_place() ? 0 : 3 * tokens;
+  T* const stage = call.allocate(threads * staging);
 
   for_heads(runtime, in.batch * in.heads, scratch, scratch_bytes,
             [&](int64_t first, int64_t last, int64_t slot, const auto& team) {
@@ -162,12 +193,14 @@ void attention_forward(const AttentionForward& problem, const Runtime& given) {
     for (int64_t i = 0; i < count; ++i) {
       heads[i] = call.head(first + i, tables + (slot + i) * call.table_count);
       heads[i].y = sums + (slot + i) * tokens;
+      call.stage_inputs(heads[i], stage + (slot + i) * staging);
       const int64_t statistics = (first + i) * in.seq_len * kNumStreams;
       if (problem.lse != nullptr) heads[i].lse = static_cast<T*>(problem.lse) + statistics;
       if (problem.entropy != nullptr) heads[i].entropy = static_cast<T*>(problem.entropy) + statistics;
     }
     team.run(count, [&](int64_t i, Arena) { call.fill_tables(heads[i]); });
     call.for_tokens(team, heads, count, [&](const Head<T>& head, int64_t t0, int64_t t1, Arena) {
+      call.fill_inputs(head, t0, t1);
       zero(head.y + t0 * dp, (t1 - t0) * dp);
       for (int64_t t = t0; t < t1; ++t)
         for (int s = 0; s < kNumStreams; ++s) {
@@ -210,8 +243,7 @@ void token_gradients(const AttentionBackward& problem, const Head<T>& head, doub
   const bool token_weights = in.weights.token != 0, token_alpha = in.alpha.token != 0;
   const Rows<T> state = rows_of<T>(in.state, in.dtype, head.batch, head.index, in.head_dim);
   const Rows<T> d_state = rows_of<T>(problem.d_state, in.dtype, head.batch, head.index, in.head_dim);
-  T* d_out_row = arena.take<T>(head.q.padded_dim);
-  T* state_row = arena.take<T>(head.q.padded_dim);
+  T* state_row = arena.take<T>(head.padded_dim);
   for (int i = 0; i < kPartials; ++i) partial[i] = 0;
   for (int64_t t = 0; t < in.seq_len; ++t) {
     const T* delta = head.delta + t * kNumStreams;
@@ -227,11 +259,11 @@ void token_gradients(const AttentionBackward& problem, const Head<T>& head, doub
       partial[kNumStreams + s] += head.d_decay[t * kNumStreams + s];
     }
     if (head.alpha == nullptr) continue;
-    head.d_out.read(t, d_out_row);
+    const T* d_out_row = head.d_out.at(t);
     state.read(t, state_row);
     T d_alpha = y_dot_d_out;
     Vec<T> dot = {};
-    for (int64_t d = 0; d < head.q.padded_dim; d += kLanes<T>) {
+    for (int64_t d = 0; d < head.padded_dim; d += kLanes<T>) {
       const Vec<T> g = load(d_out_row + d);
       dot += g * load(state_row + d);
       store(state_row + d, g - splat<Vec<T>>(alpha) * g);
@@ -275,6 +307,8 @@ void attention_backward(const AttentionBackward& problem, const Runtime& given) 
   const uintptr_t scratch = reinterpret_cast<uintptr_t>(runtime.allocate(threads * scratch_bytes, runtime.owner));
   T* const tables = call.allocate(threads * call.table_count);
   T* const sums = call.allocate(threads * 3 * tokens);
+  const int64_t staging = call.in_place() ? 0 : 4 * tokens;
+  T* const stage = call.allocate(threads * staging);
   T* const row_sums = call.allocate(threads * 2 * rows);
   double* const partials = static_cast<double*>(runtime.allocate(
       in.batch * in.heads * kPartials * static_cast<int64_t>(sizeof(double)), runtime.owner));
@@ -288,7 +322,9 @@ void attention_backward(const AttentionBackward& problem, const Runtime& given) 
       for (int64_t i = 0; i < count; ++i) {
         heads[i] = call.head((first + i) * call.group + member, tables + (slot + i) * call.table_count);
         Head<T>& head = heads[i];
-        head.d_out = rows_of<T>(problem.d_out, in.dtype, head.batch, head.index, in.head_dim);
+        T* const buffer = stage + (slot + i) * staging;
+        call.stage_inputs(head, buffer);
+        head.d_out = call.staged(problem.d_out, head.batch, head.index, buffer + 3 * tokens);
         T* const mine = sums + (slot + i) * 3 * tokens;
         head.d_q = mine, head.d_k = mine + tokens, head.d_v = mine + 2 * tokens;
         head.delta = row_sums + (slot + i) * 2 * rows;
@@ -296,6 +332,8 @@ void attention_backward(const AttentionBackward& problem, const Runtime& given) 
       }
       team.run(count, [&](int64_t i, Arena) { call.fill_tables(heads[i]); });
       call.for_tokens(team, heads, count, [&](const Head<T>& head, int64_t t0, int64_t t1, Arena) {
+        call.fill_inputs(head, t0, t1);
+        call.fill(head.d_out, problem.d_out, head.batch, head.index, t0, t1);
         zero(head.d_q + t0 * dp, (t1 - t0) * dp);
         zero(head.delta + t0 * kNumStreams, (t1 - t0) * kNumStreams);
         zero(head.d_decay + t0 * kNumStreams, (t1 - t0) * kNumStreams);

@@ -143,7 +143,7 @@ struct CrossUnit {
     last = plan.first_row(unit + 1);
     key_row0 = first - plan.window.a_hi;
     num_key_rows = last - plan.window.a_lo - key_row0;
-    padded_dim = head.q.padded_dim;
+    padded_dim = head.padded_dim;
     panel = plan.key_ld * padded_dim;
   }
 
@@ -155,24 +155,35 @@ struct CrossUnit {
     return token >= 0 && token < plan.seq_len ? token : -1;
   }
 
-  // Padded rows of keys [rows, key_ld, Dp]; zeros where there is no token.
-  TORUS_INLINE void gather_keys(const Rows<T>& tokens, int64_t row, T* into) const {
+  // A padded row of keys, turned: [Dp, key_ld]; zeros where there is no token. `rows` holds [key_ld, Dp].
+  TORUS_INLINE void turn(const TokenRows<T>& tokens, int64_t row, T* turned, T* rows) const {
     for (int64_t x = 0; x < plan.key_ld; ++x) {
       const int64_t token = key_token(row, x);
       if (token < 0) {
-        zero(into + x * padded_dim, padded_dim);
+        zero(rows + x * padded_dim, padded_dim);
       } else {
-        tokens.read(token, into + x * padded_dim);
+        copy_row(tokens.at(token), rows + x * padded_dim, padded_dim);
       }
     }
-  }
-  TORUS_INLINE void turn(const T* rows, T* turned) const {
     transpose(rows, plan.key_ld, padded_dim, padded_dim, turned, plan.key_ld);
   }
-  TORUS_INLINE void scatter_add_keys(T* tokens, int64_t row, const T* rows) const {
-    for (int64_t x = 0; x < plan.key_ld; ++x) {
-      const int64_t token = key_token(row, x);
-      if (token >= 0) add_row(tokens + token * padded_dim, rows + x * padded_dim, padded_dim);
+
+  // Splits lattice columns [col, col + count) of a row into runs of tokens that lie one after another, and calls
+  // visit(offset, token, length) for each; columns without a token are passed over.
+  template <class Visit>
+  TORUS_INLINE void for_each_run(int64_t row, int64_t col, int64_t count, Visit visit) const {
+    const Lattice& lattice = plan.window.lattice;
+    if (lattice.causal()) {
+      const int64_t token = row * lattice.n_minor + col;
+      const int64_t from = max_of(0, -token), to = min_of(count, plan.seq_len - token);
+      if (from < to) visit(from, token + from, to - from);
+      return;
+    }
+    const int64_t m = lattice.n_minor, base = plan.wrap_row(row) * m;
+    for (int64_t done = 0; done < count;) {
+      const int64_t v = floor_mod(col + done, m), length = min_of(count - done, m - v);
+      visit(done, base + v, length);
+      done += length;
     }
   }
 };
@@ -191,13 +202,13 @@ struct CrossTile {
   }
   TORUS_INLINE int64_t num_queries() const { return num_rows * kStrip; }
 
-  TORUS_INLINE void gather(const Rows<T>& tokens, T* into) const {
+  TORUS_INLINE void gather(const TokenRows<T>& tokens, T* into) const {
     for (int64_t query = 0; query < num_queries(); ++query) {
       const int64_t t = query_token(query);
       if (t < 0) {
         zero(into + query * unit.padded_dim, unit.padded_dim);
       } else {
-        tokens.read(t, into + query * unit.padded_dim);
+        copy_row(tokens.at(t), into + query * unit.padded_dim, unit.padded_dim);
       }
     }
   }
@@ -250,24 +261,26 @@ struct CrossTile {
   }
 
   // outputs += probs * values
-  TORUS_INLINE void multiply_values(const T* probs, const T* values, T* outputs) const {
+  TORUS_INLINE void multiply_values(const T* probs, const TokenRows<T>& values, T* outputs) const {
     const int64_t dp = unit.padded_dim;
     for_each_slice([&](int64_t row, const WindowBand& band, int64_t query0, int64_t count, int64_t slot) {
       if (!unit.plan.row_exists(row)) return;
-      gemm<T>(count, dp, band.keys(), {probs + query0 * unit.plan.slots + slot, score_stride(band), every(1)},
-              values + (row - unit.key_row0) * unit.panel + column(band) * dp, dp,
-              {outputs + query0 * dp, every(dp), true});
+      unit.for_each_run(row, col0 - band.b_hi, band.keys(), [&](int64_t x, int64_t token, int64_t length) {
+        gemm<T>(count, dp, length, {probs + query0 * unit.plan.slots + slot + x, score_stride(band), every(1)},
+                values.at(token), values.stride, {outputs + query0 * dp, every(dp), true});
+      });
     });
   }
 
-  // key gradients += probs^T * rows of queries
+  // key gradients [T, Dp] += probs^T * rows of queries
   TORUS_INLINE void multiply_transposed(const T* probs, const T* queries, T* d_keys) const {
     const int64_t dp = unit.padded_dim;
     for_each_slice([&](int64_t row, const WindowBand& band, int64_t query0, int64_t count, int64_t slot) {
       if (!unit.plan.row_exists(row)) return;
-      gemm<T>(band.keys(), dp, count, {probs + query0 * unit.plan.slots + slot, every(1), score_stride(band)},
-              queries + query0 * dp, dp,
-              {d_keys + (row - unit.key_row0) * unit.panel + column(band) * dp, every(dp), true});
+      unit.for_each_run(row, col0 - band.b_hi, band.keys(), [&](int64_t x, int64_t token, int64_t length) {
+        gemm<T>(length, dp, count, {probs + query0 * unit.plan.slots + slot + x, every(1), score_stride(band)},
+                queries + query0 * dp, dp, {d_keys + token * dp, every(dp), true});
+      });
     });
   }
 
@@ -313,11 +326,11 @@ constexpr int64_t kTileQueries = kStrip * kStripRows;
 
 template <class T>
 struct CrossForwardScratch {
-  T *rows, *turned_keys, *values, *queries, *scores, *outputs, *exps, *bias;
+  T *rows, *turned_keys, *queries, *scores, *outputs, *exps, *bias;
   CrossForwardScratch(const CrossPlan<T>& plan, int64_t padded_dim, Arena& arena) {
     const int64_t panel = plan.key_ld * padded_dim;
     rows = arena.take<T>(panel);
-    for (T** panels : {&turned_keys, &values}) *panels = arena.take<T>(plan.max_key_rows * panel);
+    turned_keys = arena.take<T>(plan.max_key_rows * panel);
     for (T** tile : {&queries, &outputs}) *tile = arena.take<T>(kTileQueries * padded_dim);
     scores = arena.take<T>(kTileQueries * plan.slots);
     for (T** pair : {&exps, &bias}) *pair = arena.take<T>(kMaxStreamsPerTile * plan.slots);
@@ -332,9 +345,7 @@ void cross_forward(const CrossPlan<T>& plan, const Head<T>& head, int64_t index,
   const T scale2 = scale * static_cast<T>(kLog2e);
   for (int64_t r = 0; r < unit.num_key_rows; ++r) {
     if (!plan.row_exists(unit.key_row0 + r)) continue;
-    unit.gather_keys(head.k, unit.key_row0 + r, w.rows);
-    unit.turn(w.rows, w.turned_keys + r * unit.panel);
-    unit.gather_keys(head.v, unit.key_row0 + r, w.values + r * unit.panel);
+    unit.turn(head.k, unit.key_row0 + r, w.turned_keys + r * unit.panel, w.rows);
   }
   for_each_tile(unit, [&](const CrossTile<T>& tile) {
     tile.gather(head.q, w.queries);
@@ -348,19 +359,17 @@ void cross_forward(const CrossPlan<T>& plan, const Head<T>& head, int64_t index,
                   plan.slots);
     }
     zero(w.outputs, tile.num_queries() * dp);
-    tile.multiply_values(w.scores, w.values, w.outputs);
+    tile.multiply_values(w.scores, head.v, w.outputs);
     tile.scatter_add(head.y, w.outputs);
   });
 }
 
 template <class T>
 struct CrossBackwardScratch {
-  T *keys, *turned_keys, *turned_values, *d_keys, *d_values, *rows, *queries, *d_out, *d_queries, *scores, *d_probs,
-      *exps, *bias;
+  T *turned_keys, *turned_values, *rows, *queries, *d_out, *d_queries, *scores, *d_probs, *exps, *bias;
   CrossBackwardScratch(const CrossPlan<T>& plan, int64_t padded_dim, Arena& arena) {
     const int64_t panel = plan.key_ld * padded_dim;
-    for (T** panels : {&keys, &turned_keys, &turned_values, &d_keys, &d_values})
-      *panels = arena.take<T>(plan.max_key_rows * panel);
+    for (T** panels : {&turned_keys, &turned_values}) *panels = arena.take<T>(plan.max_key_rows * panel);
     rows = arena.take<T>(panel);
     for (T** tile : {&queries, &d_out, &d_queries}) *tile = arena.take<T>(kTileQueries * padded_dim);
     for (T** tile : {&scores, &d_probs}) *tile = arena.take<T>(kTileQueries * plan.slots);
@@ -377,12 +386,8 @@ void cross_backward(const CrossPlan<T>& plan, const Head<T>& head, int64_t index
   for (int64_t r = 0; r < unit.num_key_rows; ++r) {
     if (!plan.row_exists(unit.key_row0 + r)) continue;
     const int64_t at = r * unit.panel;
-    unit.gather_keys(head.k, unit.key_row0 + r, w.keys + at);
-    unit.turn(w.keys + at, w.turned_keys + at);
-    unit.gather_keys(head.v, unit.key_row0 + r, w.rows);
-    unit.turn(w.rows, w.turned_values + at);
-    zero(w.d_keys + at, unit.panel);
-    zero(w.d_values + at, unit.panel);
+    unit.turn(head.k, unit.key_row0 + r, w.turned_keys + at, w.rows);
+    unit.turn(head.v, unit.key_row0 + r, w.turned_values + at, w.rows);
   }
   for_each_tile(unit, [&](const CrossTile<T>& tile) {
     tile.gather(head.q, w.queries);
@@ -402,17 +407,12 @@ void cross_backward(const CrossPlan<T>& plan, const Head<T>& head, int64_t index
       mix_streams_backward(head, plan.active, t, scores, d_probs, plan.slots, scale, scale2, streams, w.exps,
                            plan.slots);
     }
-    tile.multiply_transposed(w.scores, w.d_out, w.d_values);
-    tile.multiply_transposed(w.d_probs, w.queries, w.d_keys);
+    tile.multiply_transposed(w.scores, w.d_out, head.d_v);
+    tile.multiply_transposed(w.d_probs, w.queries, head.d_k);
     zero(w.d_queries, tile.num_queries() * dp);
-    tile.multiply_values(w.d_probs, w.keys, w.d_queries);
+    tile.multiply_values(w.d_probs, head.k, w.d_queries);
     tile.scatter_add(head.d_q, w.d_queries);
   });
-  for (int64_t r = 0; r < unit.num_key_rows; ++r) {
-    if (!plan.row_exists(unit.key_row0 + r)) continue;
-    unit.scatter_add_keys(head.d_k, unit.key_row0 + r, w.d_keys + r * unit.panel);
-    unit.scatter_add_keys(head.d_v, unit.key_row0 + r, w.d_values + r * unit.panel);
-  }
 }
 
 }  // namespace torus::TORUS_ISA

@@ -10,7 +10,8 @@ namespace torus::TORUS_ISA {
 template <class T>
 struct Head {
   int64_t batch, index;       // b, h
-  Rows<T> q, k, v, d_out;
+  int64_t padded_dim;         // Dp: D rounded up to vectors
+  TokenRows<T> q, k, v, d_out;
   T* y;                       // [T, Dp], forward: sum over streams so far
   T *d_q, *d_k, *d_v;         // [T, Dp], backward: sums so far
   T *delta, *d_decay;         // [T, 8], backward
@@ -50,7 +51,8 @@ template <class T>
 TORUS_INLINE void mix_streams(const Head<T>& head, const ActiveStreams& active, int64_t t, T* scores, int64_t n,
                               T scale2, StreamRow<T>* rows, T* exps, int64_t ld_exps) {
   for (int s = 0; s < active.count; ++s) rows[s].weight = head.weight(t, active.index[s]);
-  softmax_forward(scores, n, scale2, rows, active.count, exps, ld_exps, head.entropy != nullptr);
+  softmax_forward(scores, n, scale2, rows, active.count, exps, ld_exps, head.lse != nullptr,
+                  head.entropy != nullptr);
   for (int s = 0; s < active.count; ++s) {
     if (head.lse != nullptr) head.lse[t * kNumStreams + active.index[s]] = rows[s].lse;
     if (head.entropy != nullptr) head.entropy[t * kNumStreams + active.index[s]] = rows[s].entropy;

@@ -16,6 +16,7 @@ struct LinePlan {
   int64_t max_length;  // of the family's lines
   int64_t max_keys;    // of a unit, rounded up to vectors
   int64_t max_cols;    // of a tile
+  bool adjacent;       // neighbours on a line are neighbours in memory
   // Tables over displacement, reversed so that a row reads them forwards: entry `origin - step`.
   int64_t origin, table_size;
   const T* rho_squared;  // shared by both arcs; zero beyond the band
@@ -35,6 +36,7 @@ LinePlan<T> plan_lines(const Lattice& lattice, Family family, int64_t seq_len) {
   const int64_t lanes = kLanes<T>;
   plan.max_length = plan.lines.length(0);
   const bool banded = lattice.causal();
+  plan.adjacent = family == kMinor;
   plan.block = banded ? 16 : 24;
   const int64_t band = plan.lines.max_step;
   plan.chunk = banded ? min_of(plan.max_length, max_of(4 * plan.block, round_up(4 * band, plan.block)))
@@ -71,34 +73,60 @@ struct LineUnit {
   int64_t line, first, last;
   int64_t key0, num_keys;  // keys are positions key0 ... key0 + num_keys - 1 of the line
   int64_t padded_dim, key_ld;
+  const int64_t* tokens;  // of positions key0 ... last - 1
 
-  TORUS_INLINE LineUnit(const LinePlan<T>& plan, const Head<T>& head, int64_t unit)
-      : plan(plan), head(head), line(unit / plan.chunks()) {
+  TORUS_INLINE LineUnit(const LinePlan<T>& plan, const Head<T>& head, int64_t unit, int64_t* token_buffer)
+      : plan(plan), head(head), line(unit / plan.chunks()), tokens(token_buffer) {
     const int64_t length = plan.lines.length(line);
     first = unit % plan.chunks() * plan.chunk;
     last = min_of(length, first + plan.chunk);
     key0 = max_of(0, first - plan.lines.max_step);
-    num_keys = min_of(length, last - plan.lines.min_step) - key0;
-    padded_dim = head.q.padded_dim;
+    num_keys = max_of(0, min_of(length, last - plan.lines.min_step) - key0);
+    padded_dim = head.padded_dim;
     key_ld = plan.max_keys;
+    for (int64_t i = 0; i < num_keys; ++i) token_buffer[i] = plan.lines.token(line, key0 + i);
   }
 
-  TORUS_INLINE int64_t token(int64_t i) const { return plan.lines.token(line, i); }
+  TORUS_INLINE int64_t token(int64_t i) const { return tokens[i - key0]; }
 
-  // Rows of tokens i ... i + n - 1 of the line.
-  TORUS_INLINE void gather(const Rows<T>& rows, int64_t i, int64_t n, T* into) const {
-    for (int64_t r = 0; r < n; ++r) rows.read(token(i + r), into + r * padded_dim);
-  }
-  TORUS_INLINE void scatter_add(T* tokens, int64_t i, int64_t n, const T* rows) const {
-    for (int64_t r = 0; r < n; ++r) add_row(tokens + token(i + r) * padded_dim, rows + r * padded_dim, padded_dim);
+  // Rows of positions i ... i + n - 1: where they are if they lie one after another, else copied into `buffer`.
+  TORUS_INLINE TokenRows<T> rows(const TokenRows<T>& from, int64_t i, int64_t n, T* buffer) const {
+    if (plan.adjacent) return {from.at(token(i)), from.stride};
+    for (int64_t r = 0; r < n; ++r) {
+      prefetch_row(from.at(token(min_of(i + r + kPrefetchRows, i + n - 1))), padded_dim);
+      copy_row(from.at(token(i + r)), buffer + r * padded_dim, padded_dim);
+    }
+    return {buffer, padded_dim};
   }
 
-  // The keys' rows, turned: [Dp, key_ld], zeros behind the last key.
-  TORUS_INLINE void turn(T* rows, T* turned) const {
-    const int64_t whole = round_up(num_keys, kLanes<T>);
-    zero(rows + num_keys * padded_dim, (whole - num_keys) * padded_dim);
-    transpose(rows, whole, padded_dim, padded_dim, turned, key_ld);
-    for (int64_t d = 0; d < padded_dim; ++d) zero(turned + d * key_ld + whole, key_ld - whole);
+  // Where to add up rows of positions i ...: in place if they lie one after another, else in a cleared `buffer`, from
+  // where `add_back` takes them.
+  TORUS_INLINE T* accumulator(T* into, int64_t i, int64_t n, T* buffer) const {
+    if (plan.adjacent) return into + token(i) * padded_dim;
+    zero(buffer, n * padded_dim);
+    return buffer;
+  }
+  TORUS_INLINE void add_back(T* into, int64_t i, int64_t n, const T* buffer) const {
+    if (plan.adjacent) return;
+    for (int64_t r = 0; r < n; ++r) {
+      prefetch_row(into + token(min_of(i + r + kPrefetchRows, i + n - 1)) * padded_dim, padded_dim);
+      add_row(into + token(i + r) * padded_dim, buffer + r * padded_dim, padded_dim);
+    }
+  }
+
+  // The keys' rows, turned: [Dp, key_ld], zeros behind the last key. `tail` holds the last, incomplete block.
+  TORUS_INLINE void turn(const TokenRows<T>& keys, T* turned, T* tail) const {
+    constexpr int64_t lanes = kLanes<T>;
+    const int64_t whole = num_keys / lanes * lanes, rest = num_keys - whole;
+    transpose(keys.data, whole, padded_dim, keys.stride, turned, key_ld);
+    int64_t done = whole;
+    if (rest > 0) {
+      zero(tail, lanes * padded_dim);
+      for (int64_t r = 0; r < rest; ++r) copy_row(keys.at(whole + r), tail + r * padded_dim, padded_dim);
+      transpose(tail, lanes, padded_dim, padded_dim, turned + whole, key_ld);
+      done += lanes;
+    }
+    for (int64_t d = 0; d < padded_dim; ++d) zero(turned + d * key_ld + done, key_ld - done);
   }
 };
 
@@ -140,83 +168,84 @@ struct LineTile {
 
 template <class T>
 struct LineForwardScratch {
-  T *rows, *values, *turned_keys, *queries, *scores, *outputs, *exps, *bias;
+  int64_t* tokens;
+  T *keys, *values, *tail, *turned_keys, *queries, *scores, *outputs, *exps, *bias;
   LineForwardScratch(const LinePlan<T>& plan, int64_t padded_dim, Arena& arena) {
-    rows = arena.take<T>(plan.max_keys * padded_dim);
-    values = arena.take<T>(plan.max_keys * padded_dim);
-    turned_keys = arena.take<T>(padded_dim * plan.max_keys);
-    queries = arena.take<T>(plan.block * padded_dim);
+    tokens = arena.take<int64_t>(plan.max_keys);
+    for (T** panel : {&keys, &values, &turned_keys}) *panel = arena.take<T>(plan.max_keys * padded_dim);
+    tail = arena.take<T>(kLanes<T> * padded_dim);
+    for (T** panel : {&queries, &outputs}) *panel = arena.take<T>(plan.block * padded_dim);
     scores = arena.take<T>(plan.block * plan.max_cols);
-    outputs = arena.take<T>(plan.block * padded_dim);
-    exps = arena.take<T>(kMaxStreamsPerTile * plan.max_cols);
-    bias = arena.take<T>(kMaxStreamsPerTile * plan.max_cols);
+    for (T** pair : {&exps, &bias}) *pair = arena.take<T>(kMaxStreamsPerTile * plan.max_cols);
   }
 };
 
 template <class T>
 void line_forward(const LinePlan<T>& plan, const Head<T>& head, int64_t index, T scale, Arena arena) {
-  const LineUnit<T> unit(plan, head, index);
-  if (unit.first >= unit.last) return;
-  const int64_t dp = unit.padded_dim, ld = plan.max_cols;
+  const int64_t dp = head.padded_dim, ld = plan.max_cols;
   const LineForwardScratch<T> w(plan, dp, arena);
+  const LineUnit<T> unit(plan, head, index, w.tokens);
+  if (unit.first >= unit.last) return;
   const T scale2 = scale * static_cast<T>(kLog2e);
-  unit.gather(head.k, unit.key0, unit.num_keys, w.rows);
-  unit.turn(w.rows, w.turned_keys);
-  unit.gather(head.v, unit.key0, unit.num_keys, w.values);
+  unit.turn(unit.rows(head.k, unit.key0, unit.num_keys, w.keys), w.turned_keys, w.tail);
+  const TokenRows<T> values = unit.rows(head.v, unit.key0, unit.num_keys, w.values);
   for (int64_t row0 = unit.first; row0 < unit.last; row0 += plan.block) {
     const LineTile<T> tile(unit, row0);
-    unit.gather(head.q, row0, tile.rows, w.queries);
+    const TokenRows<T> queries = unit.rows(head.q, row0, tile.rows, w.queries);
     // S = Q K^T
-    gemm<T>(tile.rows, tile.cols, dp, {w.queries, every(dp), every(1)}, w.turned_keys + tile.col0, unit.key_ld,
-            {w.scores, every(ld), false});
+    gemm<T>(tile.rows, tile.cols, dp, {queries.data, every(queries.stride), every(1)}, w.turned_keys + tile.col0,
+            unit.key_ld, {w.scores, every(ld), false});
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t t = unit.token(row0 + r);
       StreamRow<T> streams[kMaxStreamsPerTile];
       tile.bias_rows(r, t, streams, w.bias, ld);
       mix_streams(head, plan.active, t, w.scores + r * ld, tile.cols, scale2, streams, w.exps, ld);
     }
-    // O = (sum_s g_s P_s) V
-    gemm<T>(tile.rows, dp, tile.keys, {w.scores, every(ld), every(1)}, w.values + tile.col0 * dp, dp,
-            {w.outputs, every(dp), false});
-    unit.scatter_add(head.y, row0, tile.rows, w.outputs);
+    // y += (sum_s g_s P_s) V
+    T* outputs = unit.accumulator(head.y, row0, tile.rows, w.outputs);
+    gemm<T>(tile.rows, dp, tile.keys, {w.scores, every(ld), every(1)}, values.at(tile.col0), values.stride,
+            {outputs, every(dp), true});
+    unit.add_back(head.y, row0, tile.rows, w.outputs);
   }
 }
 
 template <class T>
 struct LineBackwardScratch {
-  T *keys, *values, *turned_keys, *turned_values, *queries, *d_out, *scores, *d_probs, *d_queries, *d_keys, *d_values,
-      *exps, *bias;
+  int64_t* tokens;
+  T *keys, *values, *tail, *turned_keys, *turned_values, *queries, *d_out, *scores, *d_probs, *d_queries, *d_keys,
+      *d_values, *exps, *bias;
   LineBackwardScratch(const LinePlan<T>& plan, int64_t padded_dim, Arena& arena) {
+    tokens = arena.take<int64_t>(plan.max_keys);
     for (T** panel : {&keys, &values, &turned_keys, &turned_values, &d_keys, &d_values})
       *panel = arena.take<T>(plan.max_keys * padded_dim);
+    tail = arena.take<T>(kLanes<T> * padded_dim);
     for (T** panel : {&queries, &d_out, &d_queries}) *panel = arena.take<T>(plan.block * padded_dim);
     for (T** panel : {&scores, &d_probs}) *panel = arena.take<T>(plan.block * plan.max_cols);
-    for (T** panel : {&exps, &bias}) *panel = arena.take<T>(kMaxStreamsPerTile * plan.max_cols);
+    for (T** pair : {&exps, &bias}) *pair = arena.take<T>(kMaxStreamsPerTile * plan.max_cols);
   }
 };
 
 template <class T>
 void line_backward(const LinePlan<T>& plan, const Head<T>& head, int64_t index, T scale, Arena arena) {
-  const LineUnit<T> unit(plan, head, index);
-  if (unit.first >= unit.last) return;
-  const int64_t dp = unit.padded_dim, ld = plan.max_cols;
+  const int64_t dp = head.padded_dim, ld = plan.max_cols;
   const LineBackwardScratch<T> w(plan, dp, arena);
+  const LineUnit<T> unit(plan, head, index, w.tokens);
+  if (unit.first >= unit.last) return;
   const T scale2 = scale * static_cast<T>(kLog2e);
-  unit.gather(head.k, unit.key0, unit.num_keys, w.keys);
-  unit.turn(w.keys, w.turned_keys);
-  unit.gather(head.v, unit.key0, unit.num_keys, w.values);
-  unit.turn(w.values, w.turned_values);
-  zero(w.d_keys, unit.num_keys * dp);
-  zero(w.d_values, unit.num_keys * dp);
+  const TokenRows<T> keys = unit.rows(head.k, unit.key0, unit.num_keys, w.keys);
+  unit.turn(keys, w.turned_keys, w.tail);
+  unit.turn(unit.rows(head.v, unit.key0, unit.num_keys, w.values), w.turned_values, w.tail);
+  T* const d_keys = unit.accumulator(head.d_k, unit.key0, unit.num_keys, w.d_keys);
+  T* const d_values = unit.accumulator(head.d_v, unit.key0, unit.num_keys, w.d_values);
   for (int64_t row0 = unit.first; row0 < unit.last; row0 += plan.block) {
     const LineTile<T> tile(unit, row0);
-    unit.gather(head.q, row0, tile.rows, w.queries);
-    unit.gather(head.d_out, row0, tile.rows, w.d_out);
+    const TokenRows<T> queries = unit.rows(head.q, row0, tile.rows, w.queries);
+    const TokenRows<T> d_out = unit.rows(head.d_out, row0, tile.rows, w.d_out);
     // S = Q K^T, dP = dO V^T
-    gemm<T>(tile.rows, tile.cols, dp, {w.queries, every(dp), every(1)}, w.turned_keys + tile.col0, unit.key_ld,
-            {w.scores, every(ld), false});
-    gemm<T>(tile.rows, tile.cols, dp, {w.d_out, every(dp), every(1)}, w.turned_values + tile.col0, unit.key_ld,
-            {w.d_probs, every(ld), false});
+    gemm<T>(tile.rows, tile.cols, dp, {queries.data, every(queries.stride), every(1)}, w.turned_keys + tile.col0,
+            unit.key_ld, {w.scores, every(ld), false});
+    gemm<T>(tile.rows, tile.cols, dp, {d_out.data, every(d_out.stride), every(1)}, w.turned_values + tile.col0,
+            unit.key_ld, {w.d_probs, every(ld), false});
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t t = unit.token(row0 + r);
       StreamRow<T> streams[kMaxStreamsPerTile];
@@ -224,17 +253,18 @@ void line_backward(const LinePlan<T>& plan, const Head<T>& head, int64_t index, 
       mix_streams_backward(head, plan.active, t, w.scores + r * ld, w.d_probs + r * ld, tile.cols, scale, scale2,
                            streams, w.exps, ld);
     }
-    // dV += P^T dO, dK += dS^T Q, dQ = dS K
-    gemm<T>(tile.keys, dp, tile.rows, {w.scores, every(1), every(ld)}, w.d_out, dp,
-            {w.d_values + tile.col0 * dp, every(dp), true});
-    gemm<T>(tile.keys, dp, tile.rows, {w.d_probs, every(1), every(ld)}, w.queries, dp,
-            {w.d_keys + tile.col0 * dp, every(dp), true});
-    gemm<T>(tile.rows, dp, tile.keys, {w.d_probs, every(ld), every(1)}, w.keys + tile.col0 * dp, dp,
-            {w.d_queries, every(dp), false});
-    unit.scatter_add(head.d_q, row0, tile.rows, w.d_queries);
+    // dV += P^T dO, dK += dS^T Q, dQ += dS K
+    gemm<T>(tile.keys, dp, tile.rows, {w.scores, every(1), every(ld)}, d_out.data, d_out.stride,
+            {d_values + tile.col0 * dp, every(dp), true});
+    gemm<T>(tile.keys, dp, tile.rows, {w.d_probs, every(1), every(ld)}, queries.data, queries.stride,
+            {d_keys + tile.col0 * dp, every(dp), true});
+    T* d_queries = unit.accumulator(head.d_q, row0, tile.rows, w.d_queries);
+    gemm<T>(tile.rows, dp, tile.keys, {w.d_probs, every(ld), every(1)}, keys.at(tile.col0), keys.stride,
+            {d_queries, every(dp), true});
+    unit.add_back(head.d_q, row0, tile.rows, w.d_queries);
   }
-  unit.scatter_add(head.d_k, unit.key0, unit.num_keys, w.d_keys);
-  unit.scatter_add(head.d_v, unit.key0, unit.num_keys, w.d_values);
+  unit.add_back(head.d_k, unit.key0, unit.num_keys, w.d_keys);
+  unit.add_back(head.d_v, unit.key0, unit.num_keys, w.d_values);
 }
 
 }  // namespace torus::TORUS_ISA

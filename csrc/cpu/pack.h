@@ -18,18 +18,8 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-TORUS_INLINE float to_compute(float x) { return x; }
-TORUS_INLINE double to_compute(double x) { return x; }
-TORUS_INLINE float to_compute(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof(y));
-  return y;
-}
+#if !defined(__F16C__)
 TORUS_INLINE float to_compute(Half x) {
-#if defined(__F16C__)
-  return _cvtsh_ss(x.bits);
-#else
   // Exponents are rebiased by a product, which turns subnormal halves into normal floats; Inf and NaN keep theirs.
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
   uint32_t bits = magnitude << 13;
@@ -41,22 +31,10 @@ TORUS_INLINE float to_compute(Half x) {
   bits |= sign;
   std::memcpy(&y, &bits, sizeof(y));
   return y;
-#endif
 }
 
 // Round to nearest, ties to even.
-TORUS_INLINE void from_compute(float x, float& y) { y = x; }
-TORUS_INLINE void from_compute(double x, double& y) { y = x; }
-TORUS_INLINE void from_compute(float x, BFloat16& y) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(x));
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  y.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
-}
 TORUS_INLINE void from_compute(float x, Half& y) {
-#if defined(__F16C__)
-  y.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
-#else
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(x));
   const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
@@ -73,37 +51,66 @@ TORUS_INLINE void from_compute(float x, Half& y) {
     const uint32_t rebased = magnitude - 0x38000000u;
     y.bits = static_cast<uint16_t>(sign | ((rebased + 0xfffu + ((rebased >> 13) & 1u)) >> 13));
   }
+}
+#endif  // !defined(__F16C__)
+
+// Eight numbers at a time: head dimensions are multiples of eight.
+constexpr int kChunk = 8;
+
+template <class Source, class T>
+TORUS_INLINE Vec<T, kChunk> load_chunk(const Source* from) {
+  if constexpr (__is_same(Source, T)) {
+    return load<kChunk>(from);
+  } else if constexpr (__is_same(Source, BFloat16)) {
+    typedef uint16_t Bits __attribute__((vector_size(16), aligned(2), may_alias));
+    typedef uint32_t Wide __attribute__((vector_size(32)));
+    const Wide wide = __builtin_convertvector(*reinterpret_cast<const Bits*>(from), Wide) << 16;
+    return reinterpret_cast<Vec<T, kChunk>>(wide);
+  } else {
+#if defined(__F16C__)
+    return reinterpret_cast<Vec<T, kChunk>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+    Vec<T, kChunk> x;
+    for (int i = 0; i < kChunk; ++i) x[i] = to_compute(from[i]);
+    return x;
 #endif
+  }
+}
+
+template <class Source, class T>
+TORUS_INLINE void store_chunk(Vec<T, kChunk> x, Source* to) {
+  if constexpr (__is_same(Source, T)) {
+    store(to, x);
+  } else if constexpr (__is_same(Source, BFloat16)) {
+    typedef uint16_t Bits __attribute__((vector_size(16), aligned(2), may_alias));
+    typedef uint32_t Wide __attribute__((vector_size(32)));
+    const Wide bits = reinterpret_cast<Wide>(x);
+    const Wide rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Wide quiet_nan = Wide{} + 0x7fc0u;
+    *reinterpret_cast<Bits*>(to) = __builtin_convertvector(x == x ? rounded : quiet_nan, Bits);
+  } else {
+#if defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < kChunk; ++i) from_compute(x[i], to[i]);
+#endif
+  }
 }
 
 template <class Source, class T>
 void load_row(const void* source, T* row, int64_t head_dim) {
   const Source* from = static_cast<const Source*>(source);
-  int64_t d = 0;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(Source) == 2 && __is_same(Source, Half)) {
-    for (; d + 8 <= head_dim; d += 8)
-      _mm256_storeu_ps(row + d, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + d))));
-  }
-#endif
-  for (; d < head_dim; ++d) row[d] = to_compute(from[d]);
+  for (int64_t d = 0; d < head_dim; d += kChunk) store(row + d, load_chunk<Source, T>(from + d));
 }
 
 template <class Source, class T>
 void store_row(const T* row, void* target, int64_t head_dim) {
   Source* to = static_cast<Source*>(target);
-  int64_t d = 0;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(Source) == 2 && __is_same(Source, Half)) {
-    for (; d + 8 <= head_dim; d += 8)
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + d),
-                       _mm256_cvtps_ph(_mm256_loadu_ps(row + d), _MM_FROUND_TO_NEAREST_INT));
-  }
-#endif
-  for (; d < head_dim; ++d) from_compute(row[d], to[d]);
+  for (int64_t d = 0; d < head_dim; d += kChunk) store_chunk<Source, T>(load<kChunk>(row + d), to + d);
 }
 
-// The rows of one (batch, head) of a tensor of tokens.
+// The rows of one (batch, head) of a tensor of tokens, in memory.
 template <class T>
 struct Rows {
   char* data;
@@ -147,6 +154,27 @@ template <class T>
 void transpose(const T* src, int64_t n, int64_t width, int64_t lds, T* dst, int64_t ldd) {
   for (int64_t i = 0; i < n; i += kLanes<T>)
     for (int64_t d = 0; d < width; d += kLanes<T>) transpose_block(src + i * lds + d, lds, dst + d * ldd + i, ldd);
+}
+
+// Rows of tokens in the compute type, padded to whole vectors: what the kernels read.
+template <class T>
+struct TokenRows {
+  const T* data;
+  int64_t stride;
+  TORUS_INLINE const T* at(int64_t token) const { return data + token * stride; }
+};
+
+// Rows of a line lie far apart, where no hardware prefetcher finds them.
+constexpr int64_t kPrefetchRows = 8;
+
+template <class T>
+TORUS_INLINE void prefetch_row(const T* row, int64_t padded_dim) {
+  for (int64_t d = 0; d < padded_dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
+}
+
+template <class T>
+TORUS_INLINE void copy_row(const T* from, T* to, int64_t padded_dim) {
+  for (int64_t d = 0; d < padded_dim; d += kLanes<T>) store(to + d, load(from + d));
 }
 
 template <class T>

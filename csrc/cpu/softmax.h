@@ -20,8 +20,8 @@ struct StreamRow {
   const T* bias;         // [n], -inf where the key is invisible
   const T* rho_squared;  // [n], backward only; finite everywhere
   T weight;              // g, times alpha where there is a state
-  T lse;                 // natural units, written by the forward
-  T entropy;             // nats, written where asked for
+  T lse;                 // natural units } written by the forward
+  T entropy;             // nats          } where asked for
   T delta;               // sum P dP, written by the backward
   T d_decay;             // sum -rho^2/2 weight P (dP - delta), written by the backward
 };
@@ -36,7 +36,7 @@ TORUS_INLINE T row_max(const T* scores, const T* bias, int64_t n, Vec<T> c) {
 // scores [n] -> sum_s weight_s * softmax_s, in place. `exps` holds [streams, ld_exps] numbers.
 template <class T>
 void softmax_forward(T* scores, int64_t n, T scale2, StreamRow<T>* streams, int count, T* exps, int64_t ld_exps,
-                     bool with_entropy) {
+                     bool with_lse, bool with_entropy) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
   const V c = splat<V>(scale2);
@@ -54,7 +54,8 @@ void softmax_forward(T* scores, int64_t n, T scale2, StreamRow<T>* streams, int 
     }
     const T normaliser = sum<T>(total);
     factor[s] = streams[s].weight / normaliser;
-    const T log2_normaliser = __builtin_log2(normaliser);
+    if (!with_lse && !with_entropy) continue;
+    const T log2_normaliser = static_cast<T>(__builtin_log2(normaliser));
     streams[s].lse = (max + log2_normaliser) * static_cast<T>(kLn2);
     if (with_entropy) {
       // H = log Z - sum p (x - max); an underflown p adds nothing.

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../lattice.h"
 
@@ -75,26 +76,28 @@ TORUS_INLINE V max_keep(V floor, V x) {
   return floor > x ? floor : x;
 }
 
+// The low or the high half of a vector. By shuffle: taking a vector's address would keep it in memory.
+template <class T, int LANES, bool HIGH, int... I>
+TORUS_INLINE Vec<T, LANES / 2> half_of(Vec<T, LANES> x, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, x, (I + (HIGH ? LANES / 2 : 0))...);
+}
+
 template <class T, int LANES = kLanes<T>>
 TORUS_INLINE T sum(Vec<T, LANES> x) {
-  if constexpr (LANES == 1) {
-    return x[0];
+  if constexpr (LANES == 2) {
+    return x[0] + x[1];
   } else {
-    Vec<T, LANES / 2> low, high;
-    std::memcpy(&low, &x, sizeof(low));
-    std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(low), sizeof(high));
-    return sum<T, LANES / 2>(low + high);
+    constexpr std::make_integer_sequence<int, LANES / 2> half;
+    return sum<T, LANES / 2>(half_of<T, LANES, false>(x, half) + half_of<T, LANES, true>(x, half));
   }
 }
 template <class T, int LANES = kLanes<T>>
 TORUS_INLINE T max_of_lanes(Vec<T, LANES> x) {
-  if constexpr (LANES == 1) {
-    return x[0];
+  if constexpr (LANES == 2) {
+    return x[0] > x[1] ? x[0] : x[1];
   } else {
-    Vec<T, LANES / 2> low, high;
-    std::memcpy(&low, &x, sizeof(low));
-    std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(low), sizeof(high));
-    return max_of_lanes<T, LANES / 2>(max_keep(low, high));
+    constexpr std::make_integer_sequence<int, LANES / 2> half;
+    return max_of_lanes<T, LANES / 2>(max_keep(half_of<T, LANES, false>(x, half), half_of<T, LANES, true>(x, half)));
   }
 }
 
@@ -136,12 +139,8 @@ TORUS_INLINE Vec<T, LANES> exp2(Vec<T, LANES> x) {
 #pragma GCC unroll 16
   for (unsigned i = 1; i < sizeof(C::coefficients) / sizeof(T); ++i) p = p * f + C::coefficients[i];
   // The low bits of `shifted` hold round(x) in two's complement.
-  VecInt exponent;
-  std::memcpy(&exponent, &shifted, sizeof(shifted));
-  exponent = (exponent + C::bias) << C::bits;
-  Vec<T, LANES> power;
-  std::memcpy(&power, &exponent, sizeof(power));
-  return underflow ? zero : p * power;
+  const VecInt exponent = (reinterpret_cast<VecInt>(shifted) + C::bias) << C::bits;
+  return underflow ? zero : p * reinterpret_cast<Vec<T, LANES>>(exponent);
 }
 
 // Two vectors interleaved: the low halves, or the high halves.

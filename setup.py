@@ -1,0 +1,102 @@
+"""Packaging of torus-kernels. Installing never needs torch or a compiler: see BuildLibrary."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools < 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).resolve().parent
+
+
+def load_build_driver():
+    """torus_kernels/build.py by its path: importing the package would need torch."""
+    spec = importlib.util.spec_from_file_location("torus_kernels_build", ROOT / "torus_kernels" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_build_driver()
+
+
+class BuildLibrary(build_ext):
+    """Builds the CPU library ahead of time where torch and a compiler are there, and otherwise leaves it to the first
+    use. An editable install and ``build_ext --inplace`` put it into the package directory of the checkout."""
+
+    def _library(self) -> Path:
+        return (ROOT if self.inplace else Path(self.build_lib).absolute()) / "torus_kernels" / build.LIBRARY
+
+    def run(self):
+        library = self._library()
+        try:
+            build.build_extension(
+                library.parent,
+                build.find_torch(),
+                build_dir=build.build_dir_of(build.PACKAGE / build.LIBRARY),
+                notice="torus-kernels: compiling the CPU kernels ahead of time",
+                force=bool(self.force),
+            )
+        except build.BuildError as error:
+            if not self.inplace:
+                library.unlink(missing_ok=True)  # a wheel must not take along what an earlier build left
+            print(f"torus-kernels: the CPU kernels will be compiled on first use, because {error}", file=sys.stderr)
+
+    def get_outputs(self):
+        if self.inplace:
+            return list(self.get_output_mapping())
+        return [str(path) for path in [self._library()] if path.is_file()]
+
+    def get_output_mapping(self):
+        if not (self.inplace and self._library().is_file()):
+            return {}
+        return {str(Path(self.build_lib) / "torus_kernels" / build.LIBRARY): str(self._library())}
+
+
+class PlatformWheel(bdist_wheel):
+    """The library runs on one platform but under every Python; without it the wheel runs anywhere."""
+
+    def get_tag(self):
+        has_library = (Path(self.bdist_dir) / "torus_kernels" / build.LIBRARY).is_file()
+        return ("py3", "none", super().get_tag()[2] if has_library else "any")
+
+
+def version():
+    text = (ROOT / "torus_kernels" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE).group(1)
+
+
+EXTRAS = {
+    "model": ["safetensors", "tqdm", "matplotlib"],
+    "bench": ["pytest-benchmark", "rich", "matplotlib"],
+    "test": ["pytest", "pytest-benchmark", "hypothesis"],
+    "lint": ["ruff"],
+    "triton": ["triton"],  # CUDA builds of torch bring it along
+}
+EXTRAS["all"] = sorted({name for extra in ("model", "bench", "test", "lint") for name in EXTRAS[extra]})
+
+setup(
+    name="torus-kernels",
+    version=version(),
+    description="Attention on a torus: eight streams, their mixing and EMA compounding, as kernels for PyTorch",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").is_file() else "",
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    install_requires=["torch>=2.11", "numpy", "ninja"],
+    extras_require=EXTRAS,
+    # First use compiles from these sources, so that an installed package has them too.
+    packages=[*find_packages(include=["torus_kernels*", "torus_model*"]), "torus_kernels.csrc"],
+    package_dir={"torus_kernels.csrc": "csrc"},
+    package_data={"torus_kernels.csrc": ["*.h", "*.cpp", "cpu/**/*.h", "cpu/**/*.cpp"]},
+    ext_modules=[Extension("torus_kernels._cpu", sources=[])],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+    zip_safe=False,
+)

@@ -1,0 +1,364 @@
+"""The build driver on a tiny source tree, setup.py on the same, and the objects of the real extension."""
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import torus_kernels
+from torus_kernels import build as real_build
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = {
+    "cpu/bindings.cpp": """
+        extern "C" __attribute__((visibility("default"))) int answer() { return 41 + 1; }
+    """,
+    "cpu/kernels.h": "inline constexpr int kValue = 1;\n",
+    "cpu/kernels.cpp": """
+        #include "kernels.h"
+        #define CONCAT_(a, b) a##b
+        #define CONCAT(a, b) CONCAT_(a, b)
+        int CONCAT(kernel_, TORUS_ISA)() { return kValue; }
+    """,
+}
+
+
+def _has_compiler() -> bool:
+    try:
+        return bool(real_build.find_compiler())
+    except real_build.BuildError:
+        return False
+
+
+needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="no C++ compiler")
+
+
+class Checkout:
+    """A checkout with three small sources, whose compiler keeps a record of what it was asked."""
+
+    def __init__(self, root: Path):
+        self.root = root / "check out $HOME"  # what a shell or ninja would trip over
+        self.record = root / "record"
+        self.cache = root / "cache"
+        self.compiler = root / "recording-c++"
+        self.compiler.write_text(f'#!/bin/sh\necho "$@" >> {self.record}\nexec {shutil.which("c++")} "$@"\n')
+        self.compiler.chmod(0o755)
+        for path, text in SOURCES.items():
+            self.write(path, text)
+        (self.root / "torus_kernels").mkdir()
+        shutil.copy(real_build.__file__, self.root / "torus_kernels" / "build.py")
+        (self.root / "torus_kernels" / "__init__.py").write_text('__version__ = "1.2.3"\n')
+        shutil.copy(ROOT / "setup.py", self.root / "setup.py")
+
+    def write(self, source: str, text: str) -> None:
+        path = self.root / "csrc" / source
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    @property
+    def library(self) -> Path:
+        return self.root / "torus_kernels" / real_build.LIBRARY
+
+    def driver(self) -> ModuleType:
+        """A fresh copy of the module, as a new process would have."""
+        spec = importlib.util.spec_from_file_location("fresh_build", self.root / "torus_kernels" / "build.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def process(self) -> subprocess.Popen:
+        code = "import sys; sys.path.insert(0, sys.argv[1]); import build; print(build.ensure_extension())"
+        command = [sys.executable, "-c", code, str(self.root / "torus_kernels")]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def setup(self, *arguments: str, torch: bool = True) -> subprocess.CompletedProcess:
+        hide = "" if torch else "sys.modules['torch'] = None; "
+        code = f"import runpy, sys; {hide}sys.argv[0] = 'setup.py'; runpy.run_path('setup.py', run_name='__main__')"
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=True)
+
+    def compiled(self) -> list[str]:
+        """The sources compiled since the last call."""
+        lines = self.record.read_text().splitlines() if self.record.exists() else []
+        self.record.unlink(missing_ok=True)
+        names = [Path(line.split(".cpp")[0]).name for line in lines if " -c " in line]
+        return sorted(names)
+
+
+EVERYTHING = sorted(["stamp", *(Path(unit.source).stem for unit in real_build.UNITS)])
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Checkout:
+    checkout = Checkout(tmp_path)
+    monkeypatch.setenv("CXX", str(checkout.compiler))
+    monkeypatch.setenv("TORUS_CACHE_DIR", str(checkout.cache))
+    for name in ("MAX_JOBS", "TORUS_SKIP_BUILD"):
+        monkeypatch.delenv(name, raising=False)
+    return checkout
+
+
+@needs_compiler
+@pytest.mark.parametrize("ninja", [True, False])
+def test_first_use_compiles_once_and_says_so(checkout, monkeypatch, capsys, ninja):
+    driver = checkout.driver()
+    if not ninja:
+        monkeypatch.setattr(driver, "find_ninja", lambda: None)
+    library = driver.ensure_extension()
+    assert checkout.compiled() == EVERYTHING
+    assert library.is_relative_to(checkout.cache)
+    assert ctypes.CDLL(str(library)).answer() == 42
+    notice = capsys.readouterr().err
+    assert notice.count("\n") == 1 and "compiling the CPU kernels once" in notice and "done in" in notice
+
+    assert driver.ensure_extension() == library
+    assert checkout.driver().ensure_extension() == library
+    assert checkout.compiled() == []
+    assert capsys.readouterr().err == ""
+
+
+@needs_compiler
+@pytest.mark.parametrize("source", ["cpu/kernels.cpp", "cpu/kernels.h", "lattice.h"])
+def test_changed_source_is_compiled_again(checkout, source):
+    first = checkout.driver().ensure_extension()
+    checkout.write(source, SOURCES.get(source, "") + "// changed\n")
+    assert checkout.driver().ensure_extension() != first
+
+
+@needs_compiler
+def test_changed_compiler_is_another_library(checkout, monkeypatch):
+    first = checkout.driver().ensure_extension()
+    monkeypatch.setenv("CXX", f"{checkout.compiler} -DOTHER")
+    assert checkout.driver().ensure_extension() != first
+
+
+@needs_compiler
+def test_ahead_of_time_library_is_used_while_it_matches(checkout, monkeypatch):
+    checkout.setup("build_ext", "--inplace")
+    assert checkout.compiled() == EVERYTHING
+    with monkeypatch.context() as without_compiler:
+        without_compiler.setenv("CXX", "/nonexistent")
+        assert checkout.driver().ensure_extension() == checkout.library
+    checkout.write("cpu/kernels.h", "inline constexpr int kValue = 2;\n")
+    assert checkout.driver().ensure_extension().is_relative_to(checkout.cache)
+
+
+@needs_compiler
+@pytest.mark.skipif(real_build.find_ninja() is None, reason="no ninja")
+def test_build_in_place_is_incremental(checkout):
+    checkout.setup("build_ext", "--inplace")
+    checkout.compiled()
+    checkout.setup("build_ext", "--inplace")
+    assert checkout.compiled() == []
+    checkout.write("cpu/kernels.h", "inline constexpr int kValue = 2;\n")
+    checkout.setup("build_ext", "--inplace")
+    assert checkout.compiled() == [name for name in EVERYTHING if name != "bindings"]
+
+
+@pytest.mark.parametrize("compiler", [None, "/nonexistent"])
+def test_missing_compiler_is_named(checkout, monkeypatch, compiler):
+    monkeypatch.setenv("PATH", str(checkout.root))
+    if compiler:
+        monkeypatch.setenv("CXX", compiler)
+        expected = "no C++ compiler found: the variable CXX names '/nonexistent'"
+    else:
+        monkeypatch.delenv("CXX")
+        expected = "no C++ compiler found: looked for c++, g++, clang++"
+    driver = checkout.driver()
+    with pytest.raises(driver.BuildError, match=re.escape(expected)):
+        driver.ensure_extension()
+
+
+@needs_compiler
+@pytest.mark.parametrize("ninja", [True, False])
+def test_compile_error_is_shown_and_not_tried_again(checkout, monkeypatch, ninja):
+    checkout.write("cpu/bindings.cpp", 'int broken = "text";\n')
+    driver = checkout.driver()
+    if not ninja:
+        monkeypatch.setattr(driver, "find_ninja", lambda: None)
+    with pytest.raises(driver.BuildError) as first:
+        driver.ensure_extension()
+    message = str(first.value)
+    assert str(checkout.compiler) in message and "-std=c++20" in message  # the command
+    assert "bindings.cpp:1:" in message and "error:" in message  # the compiler's own words
+    assert "bindings" in checkout.compiled()
+    with pytest.raises(driver.BuildError) as second:
+        driver.ensure_extension()
+    assert str(second.value) == message
+    assert checkout.compiled() == []
+    assert not list(checkout.cache.glob(f"*/{driver.LIBRARY}"))
+
+
+@needs_compiler
+def test_undefined_symbol_is_a_build_error(checkout):
+    checkout.write("cpu/bindings.cpp", "int missing(); int call() { return missing(); }\n")
+    driver = checkout.driver()
+    with pytest.raises(driver.BuildError, match="undefined reference"):
+        driver.ensure_extension()
+
+
+@needs_compiler
+def test_processes_take_turns(checkout):
+    processes = [checkout.process() for _ in range(3)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert len(set(outputs)) == 1 and outputs[0].strip().endswith(real_build.LIBRARY)
+    assert checkout.compiled() == EVERYTHING
+
+
+@needs_compiler
+def test_killed_builder_leaves_no_lock(checkout):
+    compiler = checkout.compiler.read_text()
+    checkout.compiler.write_text(compiler.replace("exec", 'case "$*" in *" -c "*) sleep 10; exit 1;; esac; exec'))
+    builder = checkout.process()
+    while not checkout.record.exists() or " -c " not in checkout.record.read_text():
+        assert builder.poll() is None, builder.communicate()
+        time.sleep(0.01)
+    builder.kill()
+    builder.communicate()
+    checkout.compiler.write_text(compiler)
+    assert checkout.driver().ensure_extension().is_file()
+
+
+@needs_compiler
+def test_skip_build_forbids_compiling_only(checkout, monkeypatch):
+    monkeypatch.setenv("TORUS_SKIP_BUILD", "1")
+    driver = checkout.driver()
+    with pytest.raises(driver.BuildError, match="TORUS_SKIP_BUILD"):
+        driver.ensure_extension()
+    monkeypatch.setenv("TORUS_SKIP_BUILD", "0")
+    library = checkout.driver().ensure_extension()
+    monkeypatch.setenv("TORUS_SKIP_BUILD", "1")
+    assert checkout.driver().ensure_extension() == library
+
+
+@needs_compiler
+def test_unwritable_cache_is_named(checkout, monkeypatch):
+    (checkout.root / "file").touch()
+    monkeypatch.setenv("TORUS_CACHE_DIR", str(checkout.root / "file"))
+    driver = checkout.driver()
+    with pytest.raises(driver.BuildError, match=r"cannot build in .*file"):
+        driver.ensure_extension()
+
+
+def test_jobs_follow_cores_and_memory(monkeypatch):
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for memory, jobs in ((None, 8), (64 << 30, 8), ((3 << 30) + 1, 3), (1 << 20, 1), (-5, 1)):
+        monkeypatch.setattr(real_build, "_available_memory", lambda memory=memory: memory)
+        assert real_build.max_jobs() == jobs
+    monkeypatch.setenv("MAX_JOBS", "11")
+    assert real_build.max_jobs() == 11
+    for wrong in ("0", "-1", "many"):
+        monkeypatch.setenv("MAX_JOBS", wrong)
+        with pytest.raises(real_build.BuildError, match="MAX_JOBS must be a positive integer"):
+            real_build.max_jobs()
+
+
+def test_memory_is_the_smaller_of_machine_and_container(monkeypatch, tmp_path):
+    limit, used = tmp_path / "max", tmp_path / "current"
+    monkeypatch.setattr(real_build, "_CGROUP_MEMORY", ((str(limit), str(used)),))
+    machine = real_build._available_memory()
+    limit.write_text("max\n")
+    used.write_text("1000\n")
+    assert real_build._available_memory() == pytest.approx(machine, rel=0.5)
+    limit.write_text("5000\n")
+    assert real_build._available_memory() == 4000
+
+
+def test_setup_needs_neither_torch_nor_compiler(checkout, monkeypatch):
+    assert checkout.setup("--version", torch=False).stdout.strip() == "1.2.3"
+    done = checkout.setup("build_ext", "--inplace", torch=False)
+    assert "compiled on first use, because torch is not importable" in done.stderr
+    monkeypatch.setenv("CXX", "/nonexistent")
+    done = checkout.setup("build_ext", "--inplace")
+    assert "compiled on first use, because no C++ compiler found" in done.stderr
+    assert not checkout.library.exists()
+
+
+@pytest.mark.parametrize("built", [pytest.param(True, marks=needs_compiler), False])
+def test_wheel_has_the_sources_and_a_tag_that_fits(checkout, built):
+    checkout.setup("bdist_wheel", torch=built)
+    (wheel,) = (checkout.root / "dist").glob("*.whl")
+    names = subprocess.check_output([sys.executable, "-m", "zipfile", "-l", wheel], text=True)
+    assert all(f"torus_kernels/csrc/{source} " in names for source in SOURCES)
+    assert (f"torus_kernels/{real_build.LIBRARY} " in names) == built
+    assert "-py3-none-" in wheel.name and wheel.name.endswith("-any.whl") == (not built)
+
+
+def test_setup_version_is_the_package_version():
+    command = [sys.executable, "setup.py", "--version"]
+    assert subprocess.check_output(command, cwd=ROOT, text=True).strip() == torus_kernels.__version__
+
+
+def isa_leaks(objects: Path, units: tuple[real_build.Unit, ...]) -> list[str]:
+    """Code in the objects for newer instruction sets that an older machine could come to run.
+
+    The linker keeps one of several weak definitions of a function (inline functions, template instances): the one
+    kept may be the AVX-512 one. So a weak function there must have the instruction set's namespace in its name, and
+    nothing there may run while the library loads.
+    """
+    leaks = []
+    for unit in units:
+        if unit.isa in (None, "baseline"):
+            continue
+        output = subprocess.check_output(["nm", str(objects / f"{unit.name}.o")], text=True)
+        for line in output.splitlines():
+            kind, symbol = line.split()[-2:]
+            in_own_namespace = f"{len(unit.isa)}{unit.isa}" in symbol  # as mangled: 4avx2
+            if (kind == "W" and not in_own_namespace) or symbol.startswith("_GLOBAL__sub_I_"):
+                leaks.append(f"{unit.name}: {symbol}")
+    return leaks
+
+
+needs_nm = pytest.mark.skipif(
+    shutil.which("nm") is None or not sys.platform.startswith("linux"), reason="no nm for ELF objects"
+)
+HOT_LOOPS = {  # what a source compiled per instruction set may hold, and whether that leaks
+    "inline function": (
+        "inline NOINLINE int f(int x) { return x * x; }  namespace torus::TORUS_ISA { int g(int x) { return f(x); } }",
+        True,
+    ),
+    "template": (
+        "template <class T> NOINLINE T f(T x) { return x; }  namespace torus::TORUS_ISA { int g() { return f(1); } }",
+        True,
+    ),
+    "initialiser": ("namespace torus::TORUS_ISA { volatile int one = 1; int two = one + 1; }", True),
+    "own namespace": (
+        "namespace torus::TORUS_ISA { inline NOINLINE int f(int x) { return x * x; } int g(int x) { return f(x); } }",
+        False,
+    ),
+}
+
+
+@needs_compiler
+@needs_nm
+@pytest.mark.skipif(len(real_build.UNITS) < 4, reason="one instruction set only")
+@pytest.mark.parametrize("name", HOT_LOOPS)
+def test_leak_check_tells_leaks(checkout, name):
+    code, leaks = HOT_LOOPS[name]
+    checkout.write("cpu/kernels.cpp", f"#define NOINLINE __attribute__((noinline))\n{code}\n")
+    driver = checkout.driver()
+    found = isa_leaks(driver.build_dir_of(driver.ensure_extension()), driver.UNITS)
+    assert len(found) == (2 if leaks else 0), found  # one for avx2, one for avx512
+
+
+@needs_compiler
+def test_the_real_extension_builds():
+    assert real_build.ensure_extension().is_file()
+
+
+@needs_compiler
+@needs_nm
+def test_newer_instruction_sets_stay_in_their_objects():
+    objects = real_build.build_dir_of(real_build.ensure_extension())
+    if not (objects / "kernels_baseline.o").is_file():
+        pytest.skip("the library came without its objects")
+    assert isa_leaks(objects, real_build.UNITS) == []
