@@ -35,6 +35,9 @@ TORUS_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 
 TORUS_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 TORUS_INLINE constexpr int64_t floor_mod(int64_t a, int64_t n) { return (a % n + n) % n; }
 
+// As floor_mod, without a division, for a within one turn of [0, n).
+TORUS_INLINE constexpr int64_t wrap_once(int64_t a, int64_t n) { return a < 0 ? a + n : a >= n ? a - n : a; }
+
 struct Lattice {
   Topology topology;
   int64_t n_major, n_minor;  // M, m

@@ -41,10 +41,10 @@ struct CrossPlan {
   TORUS_INLINE int64_t first_row(int64_t unit) const { return unit * num_rows / num_units; }
   TORUS_INLINE int64_t token(int64_t row, int64_t col) const {
     const int64_t m = window.lattice.n_minor;
-    return row * m + (window.lattice.causal() ? col : floor_mod(col, m));
+    return row * m + (window.lattice.causal() ? col : wrap_once(col, m));
   }
   TORUS_INLINE int64_t wrap_row(int64_t row) const {
-    return window.lattice.topology == kPeriodic ? floor_mod(row, num_rows) : row;
+    return window.lattice.topology == kPeriodic ? wrap_once(row, num_rows) : row;
   }
   // Whether any key lies in this row. Time winds: the right halo of row -1 holds the first tokens.
   TORUS_INLINE bool row_exists(int64_t row) const {
@@ -181,7 +181,7 @@ struct CrossUnit {
     }
     const int64_t m = lattice.n_minor, base = plan.wrap_row(row) * m;
     for (int64_t done = 0; done < count;) {
-      const int64_t v = floor_mod(col + done, m), length = min_of(count - done, m - v);
+      const int64_t v = wrap_once(col + done, m), length = min_of(count - done, m - v);
       visit(done, base + v, length);
       done += length;
     }
@@ -208,6 +208,8 @@ struct CrossTile {
       if (t < 0) {
         zero(into + query * unit.padded_dim, unit.padded_dim);
       } else {
+        // The tile to the right comes next.
+        prefetch_row(tokens.at(min_of(t + kStrip, unit.plan.seq_len - 1)), unit.padded_dim);
         copy_row(tokens.at(t), into + query * unit.padded_dim, unit.padded_dim);
       }
     }

@@ -35,21 +35,37 @@ constexpr int tile_rows(int vecs) {
 }
 constexpr int kMaxTileVecs = kVectorRegisters == 32 ? 4 : 3;
 
+// One product, as the register tiles see it.
+template <class T>
+struct Product {
+  Operand<T> a;
+  const T* b;
+  int64_t ldb;
+  Result<T> c;
+  int64_t depth;
+};
+
 template <class T, int LANES, int ROWS, int VECS>
-TORUS_INLINE void tile(Operand<T> a, const T* b, int64_t ldb, Result<T> c, int64_t depth) {
+TORUS_INLINE void tile(const Product<T>& p, const T* a, T* c) {
   using V = Vec<T, LANES>;
-  V acc[ROWS][VECS];
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r)
+  // A small tile takes turns among several sets of accumulators, so that its sums do not wait for one another.
+  constexpr int chains = ROWS * VECS >= 8 ? 1 : ROWS * VECS >= 4 ? 2 : 4;
+  V acc[chains][ROWS][VECS];
 #pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v) acc[r][v] = V{};
+  for (int i = 0; i < chains; ++i)
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) acc[i][r][v] = V{};
   // Two moving pointers and a few fixed offsets address every row: there are too few registers for a pointer each.
-  const T* even = a.data;
-  const T* odd = a.data + a.row.inner;
+  const T* even = a;
+  const T* odd = a + p.a.row.inner;
+  const T* b = p.b;
+  const int64_t ldb = p.ldb, depth = p.depth;
   int64_t offset[ROWS / 2 + 1];
 #pragma GCC unroll 8
-  for (int pair = 0; pair <= ROWS / 2; ++pair) offset[pair] = pair * a.row.outer;
-  const auto step = [&](int64_t advance) __attribute__((always_inline)) {
+  for (int pair = 0; pair <= ROWS / 2; ++pair) offset[pair] = pair * p.a.row.outer;
+  const auto step = [&](int chain, int64_t advance) __attribute__((always_inline)) {
     V line[VECS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v) line[v] = load<LANES>(b + v * LANES);
@@ -57,69 +73,81 @@ TORUS_INLINE void tile(Operand<T> a, const T* b, int64_t ldb, Result<T> c, int64
     for (int r = 0; r < ROWS; ++r) {
       const V x = splat<V>((r % 2 ? odd : even)[offset[r / 2]]);
 #pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) acc[r][v] += x * line[v];
+      for (int v = 0; v < VECS; ++v) acc[chain][r][v] += x * line[v];
     }
     b += ldb;
     even += advance;
     odd += advance;
   };
-  const int64_t within = a.col.inner, across = a.col.outer - a.col.inner;
-  for (int64_t k = 0; k + 1 < depth; k += 2) {
-    step(within);
-    step(across);
+  const int64_t within = p.a.col.inner, across = p.a.col.outer - p.a.col.inner;
+  int64_t k = 0;
+  if constexpr (chains == 4) {
+    for (; k + 3 < depth; k += 4) {
+      step(0, within);
+      step(1, across);
+      step(2, within);
+      step(3, across);
+    }
   }
-  if (depth & 1) step(within);
+  for (; k + 1 < depth; k += 2) {
+    step(0, within);
+    step(chains > 1, across);
+  }
+  if (depth & 1) step(0, within);
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
-    T* out = c.data + (r / 2) * c.row.outer + (r % 2) * c.row.inner;
+    T* out = c + (r / 2) * p.c.row.outer + (r % 2) * p.c.row.inner;
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v) {
-      V x = acc[r][v];
-      if (c.accumulate) x += load<LANES>(out + v * LANES);
+      V x = acc[0][r][v];
+#pragma GCC unroll 4
+      for (int i = 1; i < chains; ++i) x += acc[i][r][v];
+      if (p.c.accumulate) x += load<LANES>(out + v * LANES);
       store(out + v * LANES, x);
     }
   }
 }
 
 template <class T, int LANES, int ROWS, int VECS>
-__attribute__((noinline)) void tiles(int64_t rows, Operand<T> a, const T* b, int64_t ldb, Result<T> c, int64_t depth) {
+__attribute__((noinline)) void tiles(const Product<T>& p, int64_t rows, const T* a, T* c) {
   for (; rows >= ROWS; rows -= ROWS) {
-    tile<T, LANES, ROWS, VECS>(a, b, ldb, c, depth);
-    a.data += ROWS / 2 * a.row.outer;
-    c.data += ROWS / 2 * c.row.outer;
+    tile<T, LANES, ROWS, VECS>(p, a, c);
+    a += ROWS / 2 * p.a.row.outer;
+    c += ROWS / 2 * p.c.row.outer;
   }
   if constexpr (ROWS > 1) {
-    constexpr int fewer = ROWS > 8 ? 8 : ROWS > 4 ? 4 : ROWS > 2 ? 2 : 1;
-    if (rows > 0) tiles<T, LANES, fewer, VECS>(rows, a, b, ldb, c, depth);
+    // Narrow tiles are the cross flows', whose rows are pairs in any number.
+    constexpr int fewer = VECS == 1 && ROWS > 2 ? ROWS - 2 : ROWS > 8 ? 8 : ROWS > 4 ? 4 : ROWS > 2 ? 2 : 1;
+    if (rows > 0) tiles<T, LANES, fewer, VECS>(p, rows, a, c);
   }
 }
 
 // A panel of the result, `vecs` vectors wide.
 template <class T, int VECS>
-TORUS_INLINE void panel(int vecs, const Operand<T>& a, int64_t rows, const T* b, int64_t ldb, const Result<T>& c,
-                        int64_t depth) {
+TORUS_INLINE void panel(int vecs, const Product<T>& p, int64_t rows) {
   if (vecs == VECS) {
-    tiles<T, kLanes<T>, tile_rows(VECS), VECS>(rows, a, b, ldb, c, depth);
+    tiles<T, kLanes<T>, tile_rows(VECS), VECS>(p, rows, p.a.data, p.c.data);
   } else if constexpr (VECS > 1) {
-    panel<T, VECS - 1>(vecs, a, rows, b, ldb, c, depth);
+    panel<T, VECS - 1>(vecs, p, rows);
   }
 }
 
 // `cols` is a multiple of half a vector.
 template <class T>
 TORUS_INLINE void gemm(int64_t rows, int64_t cols, int64_t depth, const Operand<T>& a, const T* b, int64_t ldb,
-                       Result<T> c) {
+                       const Result<T>& c) {
   constexpr int lanes = kLanes<T>;
+  Product<T> p{a, b, ldb, c, depth};
   while (cols >= lanes) {
     const int64_t left = cols / lanes;
     // A last panel of one vector reuses little: split the last five vectors 3 + 2, not 4 + 1.
     const int vecs = left == kMaxTileVecs + 1 ? kMaxTileVecs - 1 : static_cast<int>(min_of(left, kMaxTileVecs));
-    panel<T, kMaxTileVecs>(vecs, a, rows, b, ldb, c, depth);
-    b += vecs * lanes;
-    c.data += vecs * lanes;
+    panel<T, kMaxTileVecs>(vecs, p, rows);
+    p.b += vecs * lanes;
+    p.c.data += vecs * lanes;
     cols -= vecs * lanes;
   }
-  if (cols > 0) tiles<T, kHalfLanes<T>, tile_rows(1), 1>(rows, a, b, ldb, c, depth);
+  if (cols > 0) tiles<T, kHalfLanes<T>, tile_rows(1), 1>(p, rows, p.a.data, p.c.data);
 }
 
 }  // namespace torus::TORUS_ISA
