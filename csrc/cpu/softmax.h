@@ -14,14 +14,17 @@ constexpr int kMaxStreamsPerTile = 2;
 template <class T>
 constexpr T kNegativeInfinity = -__builtin_inf();
 
+TORUS_INLINE float log2_of(float x) { return __builtin_log2f(x); }
+TORUS_INLINE double log2_of(double x) { return __builtin_log2(x); }
+
 // What a row of a tile says about one of its streams.
 template <class T>
 struct StreamRow {
   const T* bias;         // [n], -inf where the key is invisible
   const T* rho_squared;  // [n], backward only; finite everywhere
   T weight;              // g, times alpha where there is a state
-  T lse;                 // natural units } written by the forward
-  T entropy;             // nats          } where asked for
+  T lse;                 // in nats, as the entropy:
+  T entropy;             // written by the forward where asked for
   T delta;               // sum P dP, written by the backward
   T d_decay;             // sum -rho^2/2 weight P (dP - delta), written by the backward
 };
@@ -102,7 +105,7 @@ void softmax_forward_row(T* scores, int64_t n, T scale2, StreamRow<T>* streams, 
     const T normaliser = sum<T>(total);
     factor[S] = streams[S].weight / normaliser;
     if (!with_lse && !with_entropy) return;
-    const T log2_normaliser = static_cast<T>(__builtin_log2(normaliser));
+    const T log2_normaliser = log2_of(normaliser);
     streams[S].lse = (max[S] + log2_normaliser) * static_cast<T>(kLn2);
     // H = log Z - sum p (x - max)
     const T entropy = (log2_normaliser - sum<T>(weighted) / normaliser) * static_cast<T>(kLn2);
@@ -174,9 +177,12 @@ TORUS_INLINE void with_row_shape(int64_t n, int count, bool known, F call) {
   };
   if constexpr (kVectorRegisters == 32 && sizeof(T) == 4) {
     switch (known ? n / kLanes<T> : 0) {
+      case 1: return with_streams(std::integral_constant<int, 1>{});
       case 2: return with_streams(std::integral_constant<int, 2>{});
+      case 3: return with_streams(std::integral_constant<int, 3>{});
       case 4: return with_streams(std::integral_constant<int, 4>{});
       case 5: return with_streams(std::integral_constant<int, 5>{});
+      case 6: return with_streams(std::integral_constant<int, 6>{});
       case 8: return with_streams(std::integral_constant<int, 8>{});
       case 11: return with_streams(std::integral_constant<int, 11>{});
     }
