@@ -137,7 +137,9 @@ def default_decay(
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def _autocast_tokens(*tokens: Tensor | None) -> tuple[Tensor | None, ...]:

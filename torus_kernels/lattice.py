@@ -159,7 +159,7 @@ class TorusLattice:
             self._check_winding_closes()
         stream_mask = sum(1 << s for s in self.streams)
         assign("spec", (Topology[self.topology].value, self.n_major, self.n_minor, self.winding,
-                        *(min(r, _MAX_RADIUS) for r in radius), stream_mask))
+                        *self.radii(Stream.cross_u_to_v), stream_mask))
 
     def _check_winding_closes(self) -> None:
         if self.winding * self.n_major % self.n_minor == 0:
@@ -207,7 +207,7 @@ class TorusLattice:
         stream = Stream(stream)
         if not stream.is_cross:
             raise ValueError(f"{stream.name} is a line stream and has no window")
-        narrow, broad = self.cross_radius
+        narrow, broad = (min(radius, _MAX_RADIUS) for radius in self.cross_radius)
         return (narrow, broad) if stream is Stream.cross_u_to_v else (broad, narrow)
 
     def check_length(self, seq_len: int) -> None:

@@ -78,17 +78,17 @@ void ema_compound_backward(const CompoundBackward& g, const Runtime& runtime) {
         velocity.read(t, old);
         d_updated.read(t, d_step);
       }
-      T d_alpha = 0, d_beta = 0;
-      for (int64_t d = 0; d < dp; ++d) {
-        gap[d] -= state_row[d];
-        const T step = beta * old[d] + (1 - beta) * gap[d];
-        d_step[d] += alpha * grad[d];
-        d_alpha += grad[d] * step;
-        d_beta += d_step[d] * (old[d] - gap[d]);
-        gap[d] = (1 - beta) * d_step[d];
-        grad[d] -= gap[d];
-        d_step[d] *= beta;
+      Vec<T> sum_alpha = {}, sum_beta = {};
+      for (int64_t d = 0; d < dp; d += kLanes<T>) {
+        const Vec<T> g = load(grad + d), was = load(old + d), difference = load(gap + d) - load(state_row + d);
+        const Vec<T> d_step_d = load(d_step + d) + alpha * g, d_gap = (1 - beta) * d_step_d;
+        sum_alpha += g * (beta * was + (1 - beta) * difference);
+        sum_beta += d_step_d * (was - difference);
+        store(gap + d, d_gap);
+        store(grad + d, g - d_gap);
+        store(d_step + d, beta * d_step_d);
       }
+      const T d_alpha = sum<T>(sum_alpha), d_beta = sum<T>(sum_beta);
       d_x.write(t, gap);
       d_state.write(t, grad);
       if (momentum) d_velocity.write(t, d_step);
@@ -168,18 +168,18 @@ void ema_multiscale_backward(const MultiscaleBackward& g, const Runtime& runtime
         const T alpha = value_at<T>(p.alphas, 0, h, s), weight = value_at<T>(p.scale_weights, 0, 0, s);
         rows(at_scale(p.states, p.states_scale, s, bytes)).read(t, state_row);
         rows(at_scale(g.d_new_states, g.d_new_states_scale, s, bytes)).read(t, grad);
-        T d_alpha = 0, d_weight = 0;
-        for (int64_t d = 0; d < dp; ++d) {
-          const T gap = x_row[d] - state_row[d];
-          grad[d] += weight * mixed_row[d];
-          d_alpha += grad[d] * gap;
-          d_weight += mixed_row[d] * (state_row[d] + alpha * gap);
-          d_x_row[d] += alpha * grad[d];
-          grad[d] -= alpha * grad[d];
+        Vec<T> d_alpha = {}, d_weight = {};
+        for (int64_t d = 0; d < dp; d += kLanes<T>) {
+          const Vec<T> old = load(state_row + d), gap = load(x_row + d) - old, d_mix = load(mixed_row + d);
+          const Vec<T> d_updated = load(grad + d) + weight * d_mix;
+          d_alpha += d_updated * gap;
+          d_weight += d_mix * (old + alpha * gap);
+          store(d_x_row + d, load(d_x_row + d) + alpha * d_updated);
+          store(grad + d, d_updated - alpha * d_updated);
         }
         rows(at_scale(g.d_states, g.d_states_scale, s, bytes)).write(t, grad);
-        partial[s] += d_alpha;
-        partial[p.scales + s] += d_weight;
+        partial[s] += sum<T>(d_alpha);
+        partial[p.scales + s] += sum<T>(d_weight);
       }
       d_x.write(t, d_x_row);
     }

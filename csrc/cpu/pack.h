@@ -54,7 +54,7 @@ TORUS_INLINE void from_compute(float x, Half& y) {
 }
 #endif  // !defined(__F16C__)
 
-// Eight numbers at a time: head dimensions are multiples of eight.
+// Rows are converted eight numbers at a time: attention's head dimensions are multiples of eight.
 constexpr int kChunk = 8;
 
 template <class Source, class T>
@@ -101,13 +101,26 @@ TORUS_INLINE void store_chunk(Vec<T, kChunk> x, Source* to) {
 template <class Source, class T>
 void load_row(const void* source, T* row, int64_t head_dim) {
   const Source* from = static_cast<const Source*>(source);
-  for (int64_t d = 0; d < head_dim; d += kChunk) store(row + d, load_chunk<Source, T>(from + d));
+  int64_t d = 0;
+  for (; d + kChunk <= head_dim; d += kChunk) store(row + d, load_chunk<Source, T>(from + d));
+  if (d == head_dim) return;
+  Source rest[kChunk] = {};
+  std::memcpy(rest, from + d, static_cast<size_t>(head_dim - d) * sizeof(Source));
+  const Vec<T, kChunk> x = load_chunk<Source, T>(rest);
+  std::memcpy(row + d, &x, static_cast<size_t>(head_dim - d) * sizeof(T));
 }
 
 template <class Source, class T>
 void store_row(const T* row, void* target, int64_t head_dim) {
   Source* to = static_cast<Source*>(target);
-  for (int64_t d = 0; d < head_dim; d += kChunk) store_chunk<Source, T>(load<kChunk>(row + d), to + d);
+  int64_t d = 0;
+  for (; d + kChunk <= head_dim; d += kChunk) store_chunk<Source, T>(load<kChunk>(row + d), to + d);
+  if (d == head_dim) return;
+  Vec<T, kChunk> x = {};
+  std::memcpy(&x, row + d, static_cast<size_t>(head_dim - d) * sizeof(T));
+  Source rest[kChunk];
+  store_chunk<Source, T>(x, rest);
+  std::memcpy(to + d, rest, static_cast<size_t>(head_dim - d) * sizeof(Source));
 }
 
 // The rows of one (batch, head) of a tensor of tokens, in memory.

@@ -5,25 +5,34 @@
 
 namespace torus::TORUS_ISA {
 
-// Where tokens stand on one loop: position t of `period`, a full period being `turn` radians.
+// One loop: `period` positions make a full turn, and harmonics 1 ... harmonics repeat.
 struct RopeAxis {
   int64_t period, harmonics;
-  double turn;
 };
 
-// cos and sin of the first harmonics of angle turn * position / period; harmonics start again after `harmonics`.
+// cos and sin of 2 pi h position / period for the pairs' harmonics h.
 template <class T>
 TORUS_INLINE void fill_turns(const RopeAxis& axis, int64_t position, bool inverse, int64_t pairs, T* cos, T* sin) {
-  const double angle = axis.turn * static_cast<double>(position) / static_cast<double>(axis.period);
-  const double c = __builtin_cos(angle), s = inverse ? -__builtin_sin(angle) : __builtin_sin(angle);
-  double x = c, y = s;  // of the current harmonic: each is the one before turned once more
+  const auto angle = [&](int64_t h) {
+    const double turned = 2 * kPi * static_cast<double>(position * h % axis.period) / static_cast<double>(axis.period);
+    return inverse ? -turned : turned;
+  };
+  const double c = __builtin_cos(angle(1)), s = __builtin_sin(angle(1));
+  double x = c, y = s;
   for (int64_t i = 0; i < pairs; ++i) {
-    if (i % axis.harmonics == 0) x = c, y = s;
+    const int64_t h = 1 + i % axis.harmonics;
+    if constexpr (sizeof(T) == sizeof(double)) {
+      x = __builtin_cos(angle(h)), y = __builtin_sin(angle(h));
+    } else if (h == 1) {
+      x = c, y = s;
+    } else {
+      // Each harmonic is the one before turned once more: in double, far below a rounding of float.
+      const double next = x * c - y * s;
+      y = x * s + y * c;
+      x = next;
+    }
     cos[i] = static_cast<T>(x);
     sin[i] = static_cast<T>(y);
-    const double next = x * c - y * s;
-    y = x * s + y * c;
-    x = next;
   }
 }
 
@@ -32,9 +41,12 @@ void rope(const Rope& p, const Runtime& runtime) {
   const Lattice& lattice = p.lattice;
   const int64_t pairs = p.head_dim / 4, m = lattice.n_minor;
   const bool causal = lattice.causal();
-  const RopeAxis major = {causal ? lattice.num_sites() : lattice.n_major, max_of(1, lattice.n_major / 2),
-                          lattice.topology == kCylinder ? kPi : 2 * kPi};
-  const RopeAxis minor = {m, max_of(1, m / 2), 2 * kPi};
+  // On the cylinder the open axis takes half a turn from end to end.
+  const RopeAxis major = {causal                           ? lattice.num_sites()
+                          : lattice.topology == kCylinder ? 2 * lattice.n_major
+                                                          : lattice.n_major,
+                          max_of(1, lattice.n_major / 2)};
+  const RopeAxis minor = {m, max_of(1, m / 2)};
   const int64_t bytes = 2 * round_up(p.head_dim, 64) * static_cast<int64_t>(sizeof(T));
   const uintptr_t scratch =
       reinterpret_cast<uintptr_t>(runtime.allocate(runtime.num_threads * bytes, runtime.owner));

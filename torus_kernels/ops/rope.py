@@ -31,6 +31,6 @@ def _autograd_backward(ctx, d_out):
 
 
 rope_op = define(
-    "rope", "Tensor x, int[] lattice, int offset, bool inverse, str backend", "Tensor", _rope, _rope_fake
+    "rope", "Tensor x, int[] lattice, SymInt offset, bool inverse, str backend", "Tensor", _rope, _rope_fake
 )
 differentiable("rope", _setup_context, _autograd_backward)

@@ -1,0 +1,47 @@
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from support import Backend
+
+import torus_kernels
+from torus_kernels.backends import BACKENDS
+
+# Tests name the backend they run on; a variable left over from the shell would overrule the defaults under test.
+os.environ.pop("TORUS_BACKEND", None)
+
+# Threads cost tiny tensors more than they give them. Tests of what threads may break ask for some.
+torch.set_num_threads(1)
+
+_QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("default", max_examples=40, derandomize=True, **_QUIET)
+# pytest --hypothesis-profile=thorough
+settings.register_profile("thorough", max_examples=1000, **_QUIET)
+settings.load_profile("default")
+
+
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.gpu] if Backend(name).device == "cuda" else []
+
+
+def require_backend(name: str) -> Backend:
+    if name not in torus_kernels.available_backends():
+        reason = torus_kernels.backend_report()[name].splitlines()[0]
+        pytest.skip(f"backend {name}: {reason}")
+    backend = Backend(name)
+    if backend.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip(f"backend {name}: no CUDA device")
+    return backend
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=_marks(name)) for name in BACKENDS])
+def backend(request) -> Backend:
+    """Every backend that the library knows by name, skipped with its reason where it cannot run here."""
+    return require_backend(request.param)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=_marks(n)) for n in BACKENDS if n != "reference"])
+def kernel_backend(request) -> Backend:
+    """Every backend but ``reference``, whose dense tensors promise nothing about memory."""
+    return require_backend(request.param)

@@ -1,0 +1,132 @@
+"""Streams left out, statistics of each stream, and streams whose scores differ by far."""
+
+import dense
+import pytest
+import torch
+from support import assert_same_up_to_rounding, check_precision, error, evaluate, label, make_problem
+
+from torus_kernels import Stream, TorusLattice
+
+PLACES = {
+    "periodic": (TorusLattice(6, 8, winding=4, cross_radius=(1, 3)), None),
+    "causal": (TorusLattice(4, 6, "causal", winding=2, cross_radius=(1, 3)), 61),
+    "cylinder": (TorusLattice(5, 6, "cylinder", winding=2, cross_radius=(1, 3)), None),
+}
+
+
+def restricted(lattice: TorusLattice, streams) -> TorusLattice:
+    return TorusLattice(lattice.n_major, lattice.n_minor, lattice.topology, lattice.winding, lattice.cross_radius,
+                        streams)
+
+
+@pytest.mark.parametrize("token_weights", [False, True])
+@pytest.mark.parametrize("streams", [[s] for s in Stream] + [[0, 2], [0, 1, 6], [3, 4, 5, 7], range(1, 8)], ids=label)
+@pytest.mark.parametrize("place", PLACES)
+def test_left_out_is_weight_zero(backend, place, streams, token_weights):
+    lattice, seq_len = PLACES[place]
+    backend.require(lattice)
+    problem = make_problem(lattice, seq_len, token_weights=token_weights).to(backend.exact_dtype, backend.device)
+    left_out = [s for s in Stream if s not in list(streams)]
+    weights = problem.stream_weights.clone()
+    weights[..., left_out] = 0.0
+    some = evaluate(backend.attention, problem.replace(lattice=restricted(lattice, streams)))
+    zeroed = evaluate(backend.attention, problem.replace(stream_weights=weights))
+    zeroed["d_stream_weights"][..., left_out] = 0.0  # a zero weight has a gradient, a stream left out has none
+    for name in some:
+        assert_same_up_to_rounding(some[name], zeroed[name], name)
+    assert (some["d_stream_weights"][..., left_out] == 0).all()
+    assert (some["d_decay"][..., left_out] == 0).all()
+
+
+@pytest.mark.parametrize("streams", [range(8), [5], [1, 2, 6], [0, 3, 4, 7]], ids=label)
+@pytest.mark.parametrize("place", PLACES)
+def test_statistics(backend, place, streams):
+    lattice, seq_len = PLACES[place]
+    backend.require(lattice)
+    problem = make_problem(restricted(lattice, streams), seq_len, batch=2, heads=4, kv_heads=2)
+    for dtype in backend.dtypes:
+        cast = problem.to(dtype, backend.device)
+        out, stats = backend.attention_with_stats(**cast.arguments())
+        assert torch.equal(out, backend.attention(**cast.arguments()))
+        lse, entropy = dense.statistics(**cast.statistics_arguments())
+        for value, expected in ((stats.lse, lse), (stats.entropy, entropy)):
+            assert value.shape == (2, 4, cast.q.shape[2], 8)
+            assert value.dtype == torch.float32
+            assert torch.equal(value.isinf(), expected.isinf())
+            visible = expected.isfinite()
+            size = lse[visible].abs().max().item()  # entropy is a difference of numbers as large as the lse
+            assert error(value[visible], expected[visible]) <= 16 * torch.finfo(torch.float32).eps * max(1.0, size)
+        left_out = [s for s in Stream if s not in list(streams)]
+        assert (stats.lse[..., left_out] == -torch.inf).all()
+        assert (stats.entropy[..., left_out] == 0).all()
+        assert (stats.entropy >= 0).all()
+
+
+def test_statistics_carry_no_gradient(backend):
+    problem = make_problem(TorusLattice(2, 3, "causal"), 9).to(backend.exact_dtype, backend.device)
+    problem.q.requires_grad_()
+    out, stats = backend.attention_with_stats(**problem.arguments())
+    assert out.requires_grad
+    assert not stats.lse.requires_grad
+    assert not stats.entropy.requires_grad
+    out.backward(problem.d_out)
+    assert problem.q.grad.isfinite().all()
+
+
+def test_statistics_with_packed_documents(backend):
+    problem = make_problem(PLACES["causal"][0], 61, batch=2)
+    first_key = torch.stack([torch.arange(61) // 20 * 20, torch.full((61,), 100)]).to(torch.int32)
+    cast = problem.replace(first_key=first_key).to(backend.exact_dtype, backend.device)
+    _, stats = backend.attention_with_stats(**cast.arguments())
+    lse, entropy = dense.statistics(**cast.statistics_arguments())
+    tolerance = 16 * torch.finfo(torch.float32).eps * lse.abs().max().item()
+    assert error(stats.lse, lse) <= tolerance
+    assert error(stats.entropy, entropy) <= tolerance
+
+
+@pytest.mark.parametrize("scale", [None, -3.0, 1e3])
+def test_one_visible_key(backend, scale):
+    problem = make_problem(TorusLattice(3, 4, "causal"), 1, batch=2).to(backend.exact_dtype, backend.device)
+    _, stats = backend.attention_with_stats(**problem.replace(scale=scale).arguments())
+    score = (problem.q * problem.k).sum(dim=-1) * (8**-0.5 if scale is None else scale)
+    assert_same_up_to_rounding(stats.lse, score.float()[..., None].expand_as(stats.lse), ulps=4)
+    assert (stats.entropy == 0).all()
+
+
+def test_equal_scores_give_the_logarithm_of_the_number_of_keys(backend):
+    lattice = TorusLattice(6, 8, winding=4, cross_radius=(1, 3))
+    problem = make_problem(lattice).to(backend.exact_dtype, backend.device)
+    flat = problem.replace(scale=0.0, decay=torch.zeros_like(problem.decay))
+    _, stats = backend.attention_with_stats(**flat.arguments())
+    keys = torch.tensor([4, 4, 5, 5, 6, 6, 3 * 7, 6 * 3], device=backend.device)
+    for value in stats:
+        assert_same_up_to_rounding(value, keys.log().expand_as(value), ulps=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=label)
+@pytest.mark.parametrize("stream", Stream, ids=label)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_stream_far_below_the_others(backend, place, stream, dtype):
+    """All keys that one stream shows a query score far less than the other streams' keys."""
+    lattice, seq_len = PLACES[place]
+    backend.require(lattice)
+    if dtype not in backend.dtypes:
+        pytest.skip(f"{dtype} is not for {backend.name}")
+    problem = make_problem(lattice, seq_len)
+    visible, _ = dense.geometry(lattice, int(stream), problem.q.shape[2])
+    query = problem.q.shape[2] - 1 if lattice.is_causal else problem.q.shape[2] // 2
+    low = visible[query]
+    problem.q[..., 0] = 1.0
+    problem.k[..., 0] = torch.where(low, -1000.0, 100.0)
+    problem = problem.replace(scale=0.5)
+    check_precision(backend, problem, dtype)
+    cast = problem.to(dtype, backend.device)
+    _, stats = backend.attention_with_stats(**cast.arguments())
+    assert (stats.lse[:, :, query, stream.index] < -400).all()
+    others = [s.index for s in Stream if (dense.geometry(lattice, int(s), problem.q.shape[2])[0][query] & ~low).any()]
+    assert others
+    assert (stats.lse[:, :, query, others] > 0).all()
+    lse, entropy = dense.statistics(**cast.statistics_arguments())
+    tolerance = 16 * torch.finfo(torch.float32).eps * lse.abs().max().item()
+    assert error(stats.lse, lse) <= tolerance
+    assert error(stats.entropy, entropy) <= tolerance
