@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import TOPOLOGIES, layouts, problems
-from support import LAYOUTS, check_precision, evaluate
+from support import LAYOUTS, assert_within_budget, check_precision, evaluate
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -30,8 +30,13 @@ def test_any_strides_give_the_same_result(backend, data):
         strided["d_out"] = tensors["d_out"] = problem.d_out[:, :, :1, :1].expand_as(problem.d_out)
     actual = evaluate(backend.attention, problem.replace(**strided))
     packed = {name: x.contiguous() for name, x in tensors.items()}
-    for name, expected in evaluate(backend.attention, problem.replace(**packed)).items():
-        assert torch.equal(actual[name], expected), name
+    expected = evaluate(backend.attention, problem.replace(**packed))
+    if backend.name != "reference":
+        for name, value in expected.items():
+            assert torch.equal(actual[name], value), name
+    else:
+        # BLAS chooses its order of summation by layout.
+        assert_within_budget(actual, expected, plain=expected)
 
 
 @given(data=st.data())

@@ -94,20 +94,24 @@ void softmax_forward_row(T* scores, int64_t n, T scale2, StreamRow<T>* streams, 
   if constexpr (STREAMS == 2) max[1] = row.template bias_scores<1>(scores, c, streams[1].bias);
   const auto exponentiate = [&]<int S>(std::integral_constant<int, S>) __attribute__((always_inline)) {
     const V shift = splat<V>(max[S]);
-    V total = {}, weighted = {};
+    V total = {};
     row.each([&](int64_t i, int64_t) {
-      const V x = row.template buffer<S>().get(i) - shift, p = exp2<T>(x);
+      const V p = exp2<T>(row.template buffer<S>().get(i) - shift);
       row.template buffer<S>().set(i, p);
       total += p;
-      // An underflown p adds nothing to the entropy.
-      if (COUNT == 0 && with_entropy) weighted += p == V{} ? V{} : p * x;
     });
     const T normaliser = sum<T>(total);
     factor[S] = streams[S].weight / normaliser;
     if (!with_lse && !with_entropy) return;
     const T log2_normaliser = log2_of(normaliser);
     streams[S].lse = (max[S] + log2_normaliser) * static_cast<T>(kLn2);
-    // H = log Z - sum p (x - max)
+    if (!with_entropy) return;
+    // H = log Z - sum p (x - max); a p that underflows adds nothing.
+    V weighted = {};
+    row.each([&](int64_t i, int64_t j) {
+      const V p = row.template buffer<S>().get(i), x = load(scores + j) * c + load(streams[S].bias + j) - shift;
+      weighted += p == V{} ? V{} : p * x;
+    });
     const T entropy = (log2_normaliser - sum<T>(weighted) / normaliser) * static_cast<T>(kLn2);
     streams[S].entropy = entropy < 0 ? 0 : entropy;
   };
@@ -170,13 +174,13 @@ void softmax_backward_row(T* scores, T* d_probs, int64_t n, T scale, T scale2, S
 // Calls call(vectors, streams) with both as constants where a row of this many vectors has code of its own (`vectors`
 // is 0 where it has not): those of the common tiles, which then keep their exponentials in registers.
 template <class T, class F>
-TORUS_INLINE void with_row_shape(int64_t n, int count, bool known, F call) {
+TORUS_INLINE void with_row_shape(int64_t n, int count, F call) {
   const auto with_streams = [&](auto vectors) __attribute__((always_inline)) {
     if (count == 1) return call(vectors, std::integral_constant<int, 1>{});
     return call(vectors, std::integral_constant<int, 2>{});
   };
   if constexpr (kVectorRegisters == 32 && sizeof(T) == 4) {
-    switch (known ? n / kLanes<T> : 0) {
+    switch (n / kLanes<T>) {
       case 1: return with_streams(std::integral_constant<int, 1>{});
       case 2: return with_streams(std::integral_constant<int, 2>{});
       case 3: return with_streams(std::integral_constant<int, 3>{});
@@ -194,7 +198,7 @@ TORUS_INLINE void with_row_shape(int64_t n, int count, bool known, F call) {
 template <class T>
 TORUS_INLINE void softmax_forward(T* scores, int64_t n, T scale2, StreamRow<T>* streams, int count, T* exps,
                                   int64_t ld_exps, bool with_lse, bool with_entropy) {
-  with_row_shape<T>(n, count, !with_entropy, [&](auto vectors, auto several) {
+  with_row_shape<T>(n, count, [&](auto vectors, auto several) {
     softmax_forward_row<T, vectors(), several()>(scores, n, scale2, streams, exps, ld_exps, with_lse, with_entropy);
   });
 }
@@ -205,7 +209,7 @@ TORUS_INLINE void softmax_forward(T* scores, int64_t n, T scale2, StreamRow<T>* 
 template <class T>
 TORUS_INLINE void softmax_backward(T* scores, T* d_probs, int64_t n, T scale, T scale2, StreamRow<T>* streams,
                                    int count, T* exps, int64_t ld_exps) {
-  with_row_shape<T>(n, count, true, [&](auto vectors, auto several) {
+  with_row_shape<T>(n, count, [&](auto vectors, auto several) {
     softmax_backward_row<T, vectors(), several()>(scores, d_probs, n, scale, scale2, streams, exps, ld_exps);
   });
 }
