@@ -12,6 +12,7 @@ from .api import (
     torus_attention_with_stats,
 )
 from .backends import BackendError, available_backends, backend_report
+from .decode import TorusKVCache, torus_attention_decode
 from .lattice import DEFAULT_DECAY, Stream, TorusLattice
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "DEFAULT_DECAY",
     "BackendError",
     "Stream",
+    "TorusKVCache",
     "TorusLattice",
     "TorusStats",
     "available_backends",
@@ -28,5 +30,6 @@ __all__ = [
     "ema_compound_multiscale",
     "lattice_rope",
     "torus_attention",
+    "torus_attention_decode",
     "torus_attention_with_stats",
 ]

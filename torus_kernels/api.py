@@ -113,26 +113,33 @@ def _attention(
     q, k, v, ema_state = _autocast_tokens(q, k, v, ema_state)
     stream_weights, decay, ema_alpha = _autocast_parameters(q, stream_weights, decay, ema_alpha)
     checks.check_attention(q, k, v, lattice, stream_weights, decay, ema_state, ema_alpha, first_key)
-    heads, head_dim = q.shape[1], q.shape[3]
-    if stream_weights is None:
-        stream_weights = q.new_full((heads, NUM_STREAMS), 1 / NUM_STREAMS, dtype=checks.parameter_dtype(q.dtype))
-    if decay is None:
-        decay = default_decay(heads, checks.parameter_dtype(q.dtype), q.device)
-    scale = head_dim**-0.5 if scale is None else checks.check_scale(scale)
+    stream_weights, decay, scale = fill_defaults(q, stream_weights, decay, scale)
     return attention_ops.attention(
         q, k, v, stream_weights, decay, ema_state, ema_alpha, first_key, lattice, scale,
         with_stats=with_stats, backend=backend,
     )
 
 
+def fill_defaults(
+    q: Tensor, stream_weights: Tensor | None, decay: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor, float]:
+    """Stream weights, decay and scale for queries ``[B, H, T, D]``, with defaults for those that are not given."""
+    heads, head_dim = q.shape[1], q.shape[3]
+    if stream_weights is None:
+        stream_weights = q.new_full((heads, NUM_STREAMS), 1 / NUM_STREAMS, dtype=checks.parameter_dtype(q.dtype))
+    if decay is None:
+        decay = default_decay(heads, checks.parameter_dtype(q.dtype), q.device)
+    return stream_weights, decay, head_dim**-0.5 if scale is None else checks.check_scale(scale)
+
+
 def default_decay(
     heads: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> Tensor:
     """The default geodesic decay ``[H, 8]``, filled in place: no copy from the host, so CUDA graphs can hold it."""
-    decay = torch.empty(heads, NUM_STREAMS, dtype=dtype, device=device)
+    decay = torch.zeros(heads, NUM_STREAMS, dtype=dtype, device=device)
     for first in range(0, NUM_STREAMS, 2):
-        # Partners share their default.
-        decay[:, first : first + 2] = DEFAULT_DECAY[first]
+        if DEFAULT_DECAY[first] != 0:
+            decay[:, first : first + 2] = DEFAULT_DECAY[first]  # partners share their default
     return decay
 
 

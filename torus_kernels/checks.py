@@ -47,6 +47,14 @@ def check_shape(name: str, x: Tensor, layouts: dict[str, tuple[int, ...]]) -> No
         raise ValueError(f"{name} must have shape {wanted}, got {_shape(x)}")
 
 
+def check_size(name: str, value: object, smallest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < smallest:
+        raise ValueError(f"{name} must be at least {smallest}, got {value}")
+    return value
+
+
 def check_device(name: str, x: Tensor, device: torch.device, owner: str) -> None:
     if x.device != device:
         raise ValueError(f"{name} must be on {owner}'s device {device}, got {x.device}")
@@ -97,6 +105,13 @@ def check_scale(scale: object) -> float:
     return scale
 
 
+def check_head_dim(what: str, head_dim: int) -> int:
+    """``what`` begins the message: the argument and its verb."""
+    if head_dim % 8 != 0 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{what} a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}")
+    return head_dim
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     q = check_tokens("q", q, "[B, H, T, D]")
     batch, heads, seq_len, head_dim = q.shape
@@ -104,8 +119,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q must have at least one head, got shape {_shape(q)}")
     if seq_len < 1:
         raise ValueError(f"q must have at least one token, got shape {_shape(q)}")
-    if head_dim % 8 != 0 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"q must have a head dimension that is a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}")
+    check_head_dim("q must have a head dimension that is", head_dim)
     k = check_tokens("k", k, "[B, Hkv, T, D]")
     kv_heads = k.shape[1]
     if kv_heads < 1 or heads % kv_heads != 0:
@@ -129,8 +143,21 @@ def check_attention(
     """Everything that can be wrong with the arguments of `torus_attention`, before any kernel starts."""
     check_lattice(lattice)
     check_qkv(q, k, v)
+    lattice.check_length(q.shape[2])
+    check_options(q, lattice, stream_weights, decay, ema_state, ema_alpha, first_key)
+
+
+def check_options(
+    q: Tensor,
+    lattice: TorusLattice,
+    stream_weights: Tensor | None,
+    decay: Tensor | None,
+    ema_state: Tensor | None,
+    ema_alpha: Tensor | None,
+    first_key: Tensor | None,
+) -> None:
+    """The tensors that accompany queries ``q`` ``[B, H, T, D]``."""
     batch, heads, seq_len, head_dim = q.shape
-    lattice.check_length(seq_len)
     parameters = (parameter_dtype(q.dtype),)
     if stream_weights is not None:
         layouts = {"[H, 8]": (heads, NUM_STREAMS), "[B, H, T, 8]": (batch, heads, seq_len, NUM_STREAMS)}

@@ -250,6 +250,21 @@ class TorusLattice:
             visible, rho_squared = self._grid_geometry(stream, u[:, None] - u[None, :], v[:, None] - v[None, :])
         return visible, rho_squared.masked_fill(~visible, 0.0)
 
+    def lag_geometry(self, stream: Stream, lag: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`stream_geometry` by lag: whether a key ``lag`` tokens behind its query is visible, and how far away it is.
+
+        Args:
+            stream: one of the eight.
+            lag: integers of any shape. Causal topology only, where visibility depends on the lag alone.
+
+        Returns:
+            ``visible`` bool and ``rho_squared`` float64, shaped as ``lag``.
+        """
+        if not self.is_causal:
+            raise ValueError(f"lags belong to the causal topology, this lattice is {self.topology}")
+        visible, rho_squared = self._causal_geometry(Stream(stream), lag)
+        return visible, rho_squared.masked_fill(~visible, 0.0)
+
     def _causal_geometry(self, stream: Stream, lag: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         in_window = (lag >= 0) & (lag < self.num_sites)
         if stream.is_cross:

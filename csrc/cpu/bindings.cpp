@@ -137,6 +137,16 @@ void attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor weigh
                                workspace.runtime());
 }
 
+void attention_decode(Tensor q, Tensor keys, Tensor values, Tensor weights, Tensor decay, Optional state,
+                      Optional alpha, Optional first_key, std::vector<int64_t> lattice, double scale, int64_t length,
+                      Tensor out) {
+  Workspace workspace;
+  kernels().attention_decode(
+      {attention_inputs(q, keys, values, weights, decay, state, alpha, first_key, lattice, scale), length,
+       tokens_of(out)},
+      workspace.runtime());
+}
+
 Compound compound_of(const Tensor& x, const Tensor& state, const Tensor& alpha, const Optional& beta,
                      const Optional& velocity) {
   Compound p{};
@@ -218,6 +228,7 @@ int64_t instruction_set() {
 STABLE_TORCH_LIBRARY_IMPL(torus_kernels, CPU, library) {
   library.impl("cpu_attention_forward", TORCH_BOX(&torus::attention_forward));
   library.impl("cpu_attention_backward", TORCH_BOX(&torus::attention_backward));
+  library.impl("cpu_attention_decode", TORCH_BOX(&torus::attention_decode));
   library.impl("cpu_ema_compound", TORCH_BOX(&torus::ema_compound));
   library.impl("cpu_ema_compound_backward", TORCH_BOX(&torus::ema_compound_backward));
   library.impl("cpu_ema_multiscale", TORCH_BOX(&torus::ema_multiscale));

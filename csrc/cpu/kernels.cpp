@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "compounding.h"
+#include "decode.h"
 #include "rope.h"
 
 namespace torus {
@@ -19,6 +20,7 @@ namespace TORUS_ISA {
 
 TORUS_BY_COMPUTE_TYPE(attention_forward, AttentionForward, problem.in.dtype)
 TORUS_BY_COMPUTE_TYPE(attention_backward, AttentionBackward, problem.in.dtype)
+TORUS_BY_COMPUTE_TYPE(attention_decode, AttentionDecode, problem.in.dtype)
 TORUS_BY_COMPUTE_TYPE(ema_compound, Compound, problem.dtype)
 TORUS_BY_COMPUTE_TYPE(ema_compound_backward, CompoundBackward, problem.forward.dtype)
 TORUS_BY_COMPUTE_TYPE(ema_multiscale, Multiscale, problem.dtype)
@@ -34,9 +36,10 @@ TORUS_BY_COMPUTE_TYPE(rope, Rope, problem.dtype)
 
 const Kernels* TORUS_JOIN(kernels_, TORUS_ISA)() {
   static constexpr Kernels table = {TORUS_STRING(TORUS_ISA), TORUS_ISA::run_attention_forward,
-                                    TORUS_ISA::run_attention_backward, TORUS_ISA::run_ema_compound,
-                                    TORUS_ISA::run_ema_compound_backward, TORUS_ISA::run_ema_multiscale,
-                                    TORUS_ISA::run_ema_multiscale_backward, TORUS_ISA::run_rope};
+                                    TORUS_ISA::run_attention_backward, TORUS_ISA::run_attention_decode,
+                                    TORUS_ISA::run_ema_compound, TORUS_ISA::run_ema_compound_backward,
+                                    TORUS_ISA::run_ema_multiscale, TORUS_ISA::run_ema_multiscale_backward,
+                                    TORUS_ISA::run_rope};
   return &table;
 }
 

@@ -62,6 +62,13 @@ struct AttentionBackward {
   void* d_alpha;    // [H] or [B, H, T], as alpha; null without EMA compounding
 };
 
+// The newest token against rings of N slots: k and v hold position p in slot p % N, and T is 1.
+struct AttentionDecode {
+  AttentionInputs in;  // first_key counts positions since the ring was empty
+  int64_t length;      // positions so far, the newest included
+  Tokens out;
+};
+
 struct Compound {
   DType dtype;
   int64_t batch, heads, seq_len, head_dim;
@@ -106,6 +113,7 @@ struct Kernels {
   const char* isa;
   void (*attention_forward)(const AttentionForward&, const Runtime&);
   void (*attention_backward)(const AttentionBackward&, const Runtime&);
+  void (*attention_decode)(const AttentionDecode&, const Runtime&);
   void (*ema_compound)(const Compound&, const Runtime&);
   void (*ema_compound_backward)(const CompoundBackward&, const Runtime&);
   void (*ema_multiscale)(const Multiscale&, const Runtime&);

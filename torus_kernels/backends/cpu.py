@@ -21,6 +21,9 @@ LIBRARY.define(
     f"cpu_attention_backward(Tensor d_out, {_QKV}, {OPERANDS}, Tensor(a!) d_q, Tensor(b!) d_k, Tensor(c!) d_v, "
     "Tensor(d!) d_weights, Tensor(e!) d_decay, Tensor(f!)? d_state, Tensor(g!)? d_alpha) -> ()"
 )
+LIBRARY.define(
+    f"cpu_attention_decode(Tensor q, Tensor keys, Tensor values, {OPERANDS}, int length, Tensor(a!) out) -> ()"
+)
 _COMPOUND = "Tensor x, Tensor state, Tensor alpha, Tensor? beta, Tensor? velocity"
 LIBRARY.define(f"cpu_ema_compound({_COMPOUND}, Tensor(a!) out, Tensor(b!)? new_velocity) -> ()")
 LIBRARY.define(
@@ -122,6 +125,25 @@ def attention_backward(
     torch.ops.torus_kernels.cpu_attention_backward(
         _rows(d_out), _rows(q), _rows(k), _rows(v), *operands, d_q, d_k, d_v, d_weights, d_decay, d_state, d_alpha
     )
+
+
+def attention_decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    stream_weights: Tensor,
+    decay: Tensor,
+    ema_state: Tensor | None,
+    ema_alpha: Tensor | None,
+    first_key: Tensor | None,
+    lattice: TorusLattice,
+    scale: float,
+    length: int,
+    out: Tensor,
+) -> None:
+    """Writes ``out`` ``[B, H, 1, D]``, the newest of ``length`` tokens against rings ``[B, Hkv, N, D]``."""
+    operands = _operands(stream_weights, decay, ema_state, ema_alpha, first_key, lattice, scale)
+    torch.ops.torus_kernels.cpu_attention_decode(_rows(q), _rows(keys), _rows(values), *operands, length, out)
 
 
 def ema_compound(

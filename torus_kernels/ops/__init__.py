@@ -3,6 +3,6 @@
 The library defines the operators; the backends only compute them.
 """
 
-from . import attention, compounding, rope
+from . import attention, compounding, decode, rope
 
-__all__ = ["attention", "compounding", "rope"]
+__all__ = ["attention", "compounding", "decode", "rope"]
