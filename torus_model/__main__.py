@@ -1,0 +1,191 @@
+"""``python -m torus_model train`` and ``python -m torus_model generate``."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from torus_kernels import BackendError, Stream
+from torus_kernels.backends import AUTO, BACKENDS, Problem, select
+
+from . import checkpoint
+from .checkpoint import CheckpointError
+from .data import DataError
+from .generate import generate
+from .lm import ModelConfig
+from .train import TrainConfig, TrainingError, resumable_config, train
+
+DEFAULT_SECONDS = 120.0
+DEFAULT_RUN_DIR = "runs/model"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def _stream_names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Options that are fields of a configuration: absent from the result where they are not given."""
+    run, model = TrainConfig(steps=1), ModelConfig()
+
+    def add(group: Any, flag: str, help_text: str, default: object = None, **options: Any) -> None:
+        shown = "" if default is None else f" (default: {default})"
+        group.add_argument(flag, default=argparse.SUPPRESS, help=help_text + shown, **options)
+
+    budget = parser.add_argument_group("budget").add_mutually_exclusive_group()
+    add(budget, "--seconds", "train for this long, validations included", DEFAULT_SECONDS, type=float)
+    add(budget, "--steps", "train for this many steps; such a run is reproducible", type=int)
+    text = parser.add_argument_group("text")
+    add(text, "--data", "file, or folder of text files (default: the Python standard library's sources)")
+    add(text, "--max-bytes", "cut the text there", run.max_bytes, type=int)
+    add(text, "--validation-fraction", "part of the text, at its end, to validate on", run.validation_fraction,
+        type=float)
+    training = parser.add_argument_group("training")
+    add(training, "--seq-len", "bytes per sequence", run.seq_len, type=int)
+    add(training, "--batch-size", "sequences per step", run.batch_size, type=int)
+    add(training, "--learning-rate", "peak of the schedule", run.learning_rate, type=float)
+    add(training, "--warmup", "part of the budget for the linear warm-up", run.warmup, type=float)
+    add(training, "--final-learning-rate", "where the schedule begins and ends, as a part of the peak",
+        run.final_learning_rate, type=float)
+    add(training, "--weight-decay", "of AdamW, on matrices only", run.weight_decay, type=float)
+    add(training, "--clip", "largest norm of the gradient", run.clip, type=float)
+    add(training, "--validations", "how many times to validate and save", run.validations, type=int)
+    add(training, "--validation-windows", "sequences in the validation set", run.validation_windows, type=int)
+    add(training, "--seed", "of weights, batches and dropout", run.seed, type=int)
+    add(training, "--backend", "kernels to use (default: the best that can run)", choices=BACKENDS)
+    architecture = parser.add_argument_group("model")
+    add(architecture, "--width", "size of the embedding", model.width, type=int)
+    add(architecture, "--layers", "number of blocks", model.layers, type=int)
+    add(architecture, "--heads", "query heads", model.heads, type=int)
+    add(architecture, "--kv-heads", "key and value heads (default: as many as query heads)", type=int)
+    add(architecture, "--ff-width", "hidden size of the feed-forward layers (default: 4 * width)", type=int)
+    add(architecture, "--n-major", "sites of the lattice along the major loop", model.n_major, type=int)
+    add(architecture, "--n-minor", "sites of the lattice along the minor loop", model.n_minor, type=int)
+    add(architecture, "--winding", "minor steps of the spirals per major step", model.winding, type=int)
+    add(architecture, "--cross-radius", "half-widths of the cross flows' windows", "{} {}".format(*model.cross_radius),
+        type=int, nargs=2, metavar=("NARROW", "BROAD"))
+    add(architecture, "--streams", f"streams to use, out of {','.join(s.name for s in Stream)} (default: all)",
+        type=_stream_names, metavar="NAME,NAME,...")
+    add(architecture, "--token-gated", "stream weights from each token", action="store_true")
+    add(architecture, "--dropout", "probability on the output of each branch", model.dropout, type=float)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m torus_model", description="A byte-level language model on torus attention.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,generate}")
+
+    training = commands.add_parser(
+        "train", help="train on bytes of text",
+        description="Trains on bytes of text. Writes checkpoint.safetensors, history.json and validation.png.",
+    )
+    training.add_argument("--output", default=DEFAULT_RUN_DIR, metavar="DIR",
+                          help="folder of the run (default: %(default)s)")
+    existing = training.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume", action="store_true",
+        help="continue the run in DIR as it was configured; of the other options, those of the budget, --data, "
+             "--max-bytes, --validations and --backend may be given anew",
+    )
+    existing.add_argument("--overwrite", action="store_true", help="start anew although DIR holds a run")
+    _add_config_options(training)
+
+    sampling = commands.add_parser("generate", help="write text", description="Continues a text with a trained model.")
+    sampling.add_argument("--checkpoint", required=True, metavar="PATH", help="checkpoint, or folder of a run")
+    sampling.add_argument("--prompt", required=True, help="text to continue")
+    sampling.add_argument("--bytes", type=int, default=200, help="how many to write (default: %(default)s)")
+    sampling.add_argument("--temperature", type=float, default=0.8,
+                          help="0 for the likeliest byte every time (default: %(default)s)")
+    sampling.add_argument("--top-k", type=int, help="sample from the k likeliest bytes (default: all)")
+    sampling.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    sampling.add_argument("--backend", choices=BACKENDS, help="kernels to use (default: the best that can run)")
+    return parser
+
+
+def _configure(run_dir: str, resume: bool, given: dict[str, Any]) -> TrainConfig:
+    model_fields = {f.name for f in dataclasses.fields(ModelConfig)}
+    of_model = {name: value for name, value in given.items() if name in model_fields}
+    of_run = {name: value for name, value in given.items() if name not in model_fields}
+    has_budget = "seconds" in given or "steps" in given
+    if resume:
+        if of_model:
+            raise ValueError(f"a resumed run keeps its model, but got {', '.join(sorted(of_model))}")
+        return resumable_config(run_dir, **({"seconds": None, "steps": None} if has_budget else {}) | of_run)
+    return TrainConfig(model=ModelConfig(**of_model), **({} if has_budget else {"seconds": DEFAULT_SECONDS}) | of_run)
+
+
+def _prepare_train(options: argparse.Namespace) -> Callable[[], None]:
+    given = dict(vars(options))
+    del given["command"]
+    run_dir, resume, overwrite = given.pop("output"), given.pop("resume"), given.pop("overwrite")
+    config = _configure(run_dir, resume, given)
+    if not resume and not overwrite and Path(run_dir, checkpoint.FILE_NAME).exists():
+        raise CheckpointError(f"{run_dir} holds a run: --resume continues it, --overwrite starts anew")
+    _check_backend(config.backend, config.model)
+
+    def run() -> None:
+        result = train(config, run_dir, resume=resume)
+        print(f"{result.bits_per_byte:.3f} bits per byte after {len(result.history.losses)} steps; "
+              f"wrote {result.checkpoint}, {result.history_file} and {result.plot_file}")
+
+    return run
+
+
+def _prepare_generate(options: argparse.Namespace) -> Callable[[], None]:
+    model = checkpoint.load_model(options.checkpoint, backend=options.backend)
+    if model.config.vocab_size != 256:
+        raise CheckpointError(f"{options.checkpoint} has a vocabulary of {model.config.vocab_size}, not of 256 bytes")
+    _check_backend(options.backend, model.config)
+    # A byte of the command line that is not UTF-8 goes to the model as it is.
+    prompt = torch.tensor(list(options.prompt.encode(errors="surrogateescape")), dtype=torch.int64)
+    tokens = generate(
+        model, prompt, options.bytes, temperature=options.temperature, top_k=options.top_k,
+        generator=torch.Generator().manual_seed(options.seed),
+    )
+
+    def run() -> None:
+        # Sampled bytes need not be UTF-8, and a character may arrive in parts.
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in itertools.chain(prompt.tolist(), tokens):
+            print(decoder.decode(bytes([token])), end="", flush=True)
+        print(decoder.decode(b"", final=True))
+
+    return run
+
+
+def _check_backend(backend: str | None, model: ModelConfig) -> None:
+    """Raises now, not in the first layer, where the backend asked for cannot run this model."""
+    select(AUTO if backend is None else backend, Problem("cpu", torch.float32, model.width // model.heads))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command; a user's error becomes one line on stderr and exit status 2."""
+    parser = _build_parser()
+    options = parser.parse_args(arguments)
+    prepare = {"train": _prepare_train, "generate": _prepare_generate}[options.command]
+    try:
+        try:
+            run = prepare(options)
+        except (TypeError, ValueError) as error:  # the options; later they would be a defect of ours
+            parser.error(str(error))
+        run()
+    except (BackendError, CheckpointError, DataError, TrainingError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "\ninterrupted\n")
+
+
+if __name__ == "__main__":
+    main()

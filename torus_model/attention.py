@@ -1,0 +1,170 @@
+"""Torus attention as a layer: projections, QK-norm, lattice rope, and learned stream weights, decay and alpha."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torus_kernels import DEFAULT_DECAY, TorusLattice, lattice_rope, torus_attention
+from torus_kernels.backends import check_name
+from torus_kernels.checks import parameter_dtype
+from torus_kernels.lattice import NUM_STREAMS
+
+ALPHA_RANGE = (0.1, 0.99)
+"""Alpha is a sigmoid mapped into this range: a layer can neither ignore its own attention nor forget its state."""
+
+INITIAL_ALPHA = 0.9
+
+SMALLEST_INITIAL_DECAY = 0.05
+"""Initial decay of the streams whose default is 0, which a softplus cannot reach.
+
+The bias ``-0.5 * decay * rho^2`` with ``rho <= pi`` is then above -0.25: no key loses more than a fifth of its
+weight, while the gradient through the softplus, about ``decay`` times that of the decay, is not negligible.
+"""
+
+
+def inverse_softplus(x: Tensor) -> Tensor:
+    """The y with ``softplus(y) == x``, for ``x > 0``."""
+    return x + torch.log(-torch.expm1(-x))
+
+
+class TorusAttention(nn.Module):
+    """Multi-head torus attention with everything that is learned around the operator.
+
+    Queries and keys pass an RMSNorm over the head dimension (QK-norm) and `lattice_rope`. The streams are mixed by
+    a softmax, of one logit per head and stream or, ``token_gated``, of a linear function of the token. The geodesic
+    decay is a softplus, one per head and stream. A layer with ``compounding`` blends its output into the state of
+    the layer before, ``state + alpha * (y - state)``, with one alpha per head in `ALPHA_RANGE`, within the operator.
+
+    Only the streams of the lattice have parameters; one left out gets weight 0.
+
+    Args:
+        width: size of the tokens' embedding.
+        heads: query heads (H).
+        lattice: any topology. Every sequence must fit it.
+        kv_heads: key and value heads (Hkv), a divisor of ``heads``; as many as ``heads`` by default.
+        head_dim: channels per head (D), a multiple of 8 up to 256; ``width // heads`` by default.
+        token_gated: stream weights from each token instead of one set per head.
+        compounding: whether `forward` takes the state of a layer before, with the alpha to learn for it.
+        backend: backend of `torus_attention`.
+
+    Raises:
+        TypeError, ValueError: ``backend`` names none; a size that the operator refuses raises in `forward`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        lattice: TorusLattice,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        token_gated: bool = False,
+        compounding: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.lattice = lattice
+        self.heads = heads
+        self.kv_heads = heads if kv_heads is None else kv_heads
+        self.head_dim = width // heads if head_dim is None else head_dim
+        self.backend = None if backend is None else check_name(backend)
+
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim)
+        self.k_norm = nn.RMSNorm(self.head_dim)
+
+        streams = sorted(lattice.streams)
+        self.register_buffer("stream_index", torch.tensor([s.index for s in streams]), persistent=False)
+        self.stream_gate = nn.Linear(width, heads * len(streams)) if token_gated else None
+        self.stream_logits = None if token_gated else nn.Parameter(torch.empty(heads, len(streams)))
+        self.raw_decay = nn.Parameter(torch.empty(heads, len(streams)))
+        self.raw_alpha = nn.Parameter(torch.empty(heads)) if compounding else None
+        self.reset_stream_parameters()
+
+    @torch.no_grad()
+    def reset_stream_parameters(self) -> None:
+        """Starts from the operator's defaults: equal stream weights, default decay; and from `INITIAL_ALPHA`."""
+        if self.stream_gate is not None:
+            nn.init.zeros_(self.stream_gate.weight)
+            nn.init.zeros_(self.stream_gate.bias)
+        else:
+            nn.init.zeros_(self.stream_logits)
+        decay = torch.tensor(DEFAULT_DECAY).clamp(min=SMALLEST_INITIAL_DECAY).to(self.raw_decay)
+        self.raw_decay.copy_(inverse_softplus(decay[self.stream_index]))
+        if self.raw_alpha is not None:
+            low, high = ALPHA_RANGE
+            self.raw_alpha.fill_(torch.logit(torch.tensor((INITIAL_ALPHA - low) / (high - low))))
+
+    @property
+    def compounding(self) -> bool:
+        """Whether `forward` takes a state."""
+        return self.raw_alpha is not None
+
+    def stream_weights(self, x: Tensor) -> Tensor:
+        """Mixing weights, ``[H, 8]`` or, token-gated, ``[B, H, T, 8]`` for tokens ``x`` ``[B, T, width]``."""
+        if self.stream_gate is None:
+            logits = self.stream_logits
+        else:
+            logits = self.stream_gate(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, streams]
+        return self._all_streams(logits.to(parameter_dtype(logits.dtype)).softmax(dim=-1))
+
+    def decay(self) -> Tensor:
+        """Geodesic decay ``[H, 8]``; 0 for a stream left out."""
+        return self._all_streams(F.softplus(self.raw_decay.to(parameter_dtype(self.raw_decay.dtype))))
+
+    def alpha(self) -> Tensor | None:
+        """Rate of compounding ``[H]``, or None in a layer without a state."""
+        if self.raw_alpha is None:
+            return None
+        low, high = ALPHA_RANGE
+        return low + (high - low) * torch.sigmoid(self.raw_alpha.to(parameter_dtype(self.raw_alpha.dtype)))
+
+    def _all_streams(self, values: Tensor) -> Tensor:
+        """``[..., streams of the lattice] -> [..., 8]``, zero where a stream is left out."""
+        if values.shape[-1] == NUM_STREAMS:
+            return values
+        return values.new_zeros(*values.shape[:-1], NUM_STREAMS).index_copy(-1, self.stream_index, values)
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, *, first_key: Tensor | None = None, offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Attends.
+
+        Args:
+            x: ``[B, T, width]``.
+            state: the state that the layer before returned, ``[B, H, T, D]``; exactly in a layer with compounding.
+            first_key: as in `torus_attention`.
+            offset: position of the first token, as in `lattice_rope`.
+
+        Returns:
+            The projected output ``[B, T, width]`` and the state for the next layer ``[B, H, T, D]``.
+
+        Raises:
+            ValueError: a state is missing or not wanted, or the operator refuses an argument.
+        """
+        if (state is not None) != self.compounding:
+            wanted, got = ("needs", "none") if self.compounding else ("takes no", "one")
+            raise ValueError(f"a layer with compounding={self.compounding} {wanted} state, got {got}")
+        # The transposes are views: the operator takes any strides and keeps this memory order.
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, -1))).transpose(1, 2)  # [B, H, T, D]
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (self.kv_heads, -1))).transpose(1, 2)  # [B, Hkv, T, D]
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [B, Hkv, T, D]
+        out = torus_attention(
+            lattice_rope(q, self.lattice, offset=offset),
+            lattice_rope(k, self.lattice, offset=offset),
+            v,
+            self.lattice,
+            stream_weights=self.stream_weights(x),
+            decay=self.decay(),
+            ema_state=state,
+            ema_alpha=self.alpha(),
+            first_key=first_key,
+            backend=self.backend,
+        )
+        return self.out_proj(out.transpose(1, 2).flatten(-2)), out

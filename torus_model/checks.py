@@ -1,0 +1,32 @@
+"""Checks of configurations: every message names the field, what it got and what it needs."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+
+def _fields(config: object, names: Iterable[str], optional: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    yield from ((name, getattr(config, name)) for name in names)
+    yield from ((name, value) for name in optional if (value := getattr(config, name)) is not None)
+
+
+def check_positive_integers(config: object, *names: str, optional: Iterable[str] = ()) -> None:
+    """Raises where a field is not an integer of at least 1; an ``optional`` one may be None."""
+    for name, value in _fields(config, names, optional):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_numbers(
+    config: object, *names: str, optional: Iterable[str] = (), where: Callable[[float], bool], needs: str
+) -> None:
+    """Raises where a field is not a number that satisfies ``where``, which ``needs`` puts in words."""
+    for name, value in _fields(config, names, optional):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not where(value):
+            raise ValueError(f"{name} must be {needs}, got {value}")

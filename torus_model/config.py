@@ -1,0 +1,84 @@
+"""Configuration of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .checks import check_numbers, check_positive_integers
+from .data import DEFAULT_MAX_BYTES
+from .lm import ModelConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that determines a run. Exactly one of ``steps`` and ``seconds`` is its budget.
+
+    Args:
+        model: the architecture; its vocabulary must be the 256 bytes.
+        steps: length of the run in optimiser steps. Such a run is reproducible.
+        seconds: length of the run in seconds of wall-clock time, validations included and the first one, which
+            also loads the backend, excluded. The learning rate follows the time.
+        data: file or folder of text; None for the standard library's sources.
+        max_bytes: the text is cut there.
+        validation_fraction: part of the text, at its end, that is not trained on.
+        seq_len: tokens per sequence.
+        batch_size: sequences per step.
+        learning_rate: peak of the schedule: a linear warm-up, then a half cosine.
+        warmup: part of the budget that the warm-up takes.
+        final_learning_rate: where the schedule begins and ends, as a part of the peak.
+        weight_decay: of AdamW, on the matrices of linear layers and the embedding only.
+        clip: largest norm of the gradient.
+        validations: how many times the run is validated and saved, evenly over the budget.
+        validation_windows: sequences in the validation set, spread evenly over the validation part.
+        seed: of the initial weights, the batches and the dropout.
+        backend: backend of `torus_attention`; None for the best that can run.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type or value; the message names it.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    steps: int | None = None
+    seconds: float | None = None
+    data: str | None = None
+    max_bytes: int = DEFAULT_MAX_BYTES
+    validation_fraction: float = 0.1
+    seq_len: int = 512
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    warmup: float = 0.05
+    final_learning_rate: float = 0.05
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    validations: int = 10
+    validation_windows: int = 32
+    seed: int = 0
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError("a run has a budget of either steps or seconds: give exactly one")
+        check_positive_integers(
+            self, "max_bytes", "seq_len", "batch_size", "validations", "validation_windows", optional=["steps"]
+        )
+        check_numbers(
+            self, "learning_rate", "clip", optional=["seconds"], where=lambda x: 0 < x < math.inf, needs="positive"
+        )
+        check_numbers(self, "validation_fraction", "warmup", where=lambda x: 0 < x < 1, needs="between 0 and 1")
+        check_numbers(self, "final_learning_rate", where=lambda x: 0 <= x <= 1, needs="at least 0 and at most 1")
+        check_numbers(self, "weight_decay", where=lambda x: 0 <= x < math.inf, needs="at least 0")
+        if self.model.vocab_size != 256:
+            raise ValueError(f"vocab_size must be 256 for training on bytes, got {self.model.vocab_size}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as values that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> TrainConfig:
+        """The configuration of `to_dict`, also after a way through JSON."""
+        return cls(**{**fields, "model": ModelConfig.from_dict(fields["model"])})

@@ -1,0 +1,80 @@
+"""What a training run measured: as JSON, and as a plot of the validation curve."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One point of the validation curve.
+
+    Attributes:
+        step: training steps made before.
+        tokens: tokens trained on before.
+        seconds: time of the run before, validations included.
+        bits_per_byte: mean cross-entropy on the validation windows, in bits.
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    bits_per_byte: float
+
+
+@dataclass
+class History:
+    """Everything measured in a run.
+
+    Attributes:
+        losses: mean cross-entropy of every training step, in nats per byte.
+        validation: the validation curve; the first point is the untrained model.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    validation: list[Validation] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as values that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> History:
+        """The history of `to_dict`."""
+        return cls(list(fields["losses"]), [Validation(**point) for point in fields["validation"]])
+
+    def write_json(self, path: Path, **about: Any) -> None:
+        """Writes the history and what it is ``about``; a crash leaves the old file or the new one."""
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(about | self.to_dict(), indent=1) + "\n")
+        os.replace(temporary, path)
+
+    def write_plot(self, path: Path, title: str = "Byte-level language model on torus attention") -> None:
+        """Draws the validation curve over the training loss, both in bits per byte, as a PNG."""
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        if self.losses:
+            steps = range(1, len(self.losses) + 1)
+            axes.plot(steps, [loss / math.log(2) for loss in self.losses], color="0.8", lw=0.8, label="training batch")
+        axes.plot(
+            [point.step for point in self.validation], [point.bits_per_byte for point in self.validation],
+            color="C0", marker="o", ms=4, label="validation",
+        )
+        if self.validation:
+            last = self.validation[-1]
+            axes.annotate(f"{last.bits_per_byte:.2f}", (last.step, last.bits_per_byte), (0, 8),
+                          textcoords="offset points", ha="center", color="C0")
+        axes.set(xlabel="step", ylabel="bits per byte", title=title)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(path, dpi=150)

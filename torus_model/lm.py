@@ -1,0 +1,142 @@
+"""A causal language model of torus blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torus_kernels import TorusLattice
+from torus_kernels.checks import MAX_HEAD_DIM
+
+from .block import TorusBlock
+from .checks import check_numbers, check_positive_integers
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that determines a `TorusLM`; which kernels compute it is not part of it.
+
+    Args:
+        vocab_size: number of tokens; 256 for bytes.
+        width: size of the tokens' embedding.
+        layers: number of blocks.
+        heads: query heads; ``width / heads`` must be a multiple of 8 up to 256.
+        kv_heads: key and value heads, a divisor of ``heads``; None for as many as ``heads``.
+        ff_width: hidden size of the feed-forward layers; None for ``4 * width``.
+        n_major, n_minor, winding, cross_radius, streams: the causal `TorusLattice`; a token sees the last
+            ``n_major * n_minor`` tokens. ``streams`` are names; None for all eight.
+        token_gated: stream weights from each token instead of one set per head.
+        dropout: probability on the output of each branch of a block.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type or value; the message names it.
+    """
+
+    vocab_size: int = 256
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int | None = None
+    ff_width: int | None = None
+    n_major: int = 16
+    n_minor: int = 32
+    winding: int = 1
+    cross_radius: tuple[int, int] = (3, 7)
+    streams: tuple[str, ...] | None = None
+    token_gated: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_positive_integers(self, "vocab_size", "width", "layers", "heads", optional=("kv_heads", "ff_width"))
+        if self.width % (8 * self.heads) != 0 or self.width > MAX_HEAD_DIM * self.heads:
+            raise ValueError(f"width / heads must be a multiple of 8 up to {MAX_HEAD_DIM}, "
+                             f"got {self.width} / {self.heads}")
+        if self.kv_heads is not None and self.heads % self.kv_heads != 0:
+            raise ValueError(f"kv_heads must divide heads = {self.heads}, got {self.kv_heads}")
+        check_numbers(self, "dropout", where=lambda x: 0 <= x < 1, needs="at least 0 and below 1")
+        lattice = self.lattice  # checks the lattice's fields
+        # One form for each value, whatever collection it came in: configurations compare and travel through JSON.
+        object.__setattr__(self, "cross_radius", lattice.cross_radius)
+        if self.streams is not None:
+            object.__setattr__(self, "streams", tuple(s.name for s in sorted(lattice.streams)))
+
+    @property
+    def lattice(self) -> TorusLattice:
+        """The causal lattice that the model is wound on."""
+        return TorusLattice(self.n_major, self.n_minor, "causal", self.winding, self.cross_radius, self.streams)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as values that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
+        """The configuration of `to_dict`, also after a way through JSON.
+
+        Raises:
+            TypeError, ValueError: a field is unknown or wrong.
+        """
+        return cls(**fields)
+
+
+class TorusLM(nn.Module):
+    """Decoder-only language model on a causal torus, with tied input and output embeddings.
+
+    The attention output of every layer, before its projection, is compounded into that of the layer before; the
+    first layer has no state.
+
+    Args:
+        config: the architecture.
+        backend: backend of `torus_attention` in every layer.
+    """
+
+    def __init__(self, config: ModelConfig, backend: str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        lattice = config.lattice
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(
+            TorusBlock(
+                config.width, config.heads, lattice, ff_width=config.ff_width, dropout=config.dropout,
+                kv_heads=config.kv_heads, token_gated=config.token_gated, compounding=layer > 0, backend=backend,
+            )
+            for layer in range(config.layers)
+        )
+        self.norm = nn.RMSNorm(config.width)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for block in self.blocks:
+            attention = block.attention
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj, block.ff[0]):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            # 2 * layers branches add up in the residual stream (GPT-2, Radford et al. 2019, section 2.3).
+            for linear in (attention.out_proj, block.ff[2]):
+                nn.init.normal_(linear.weight, std=(2 * len(self.blocks) * linear.in_features) ** -0.5)
+
+    def forward(self, tokens: Tensor, *, first_key: Tensor | None = None, offset: int = 0) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            tokens: ``[B, T]`` int64, of any length T.
+            first_key: ``[B, T]``, as in `torus_attention`: a token sees nothing before this position.
+            offset: position of the first token in its text.
+
+        Returns:
+            ``[B, T, vocab_size]``.
+        """
+        x = self.embedding(tokens)  # [B, T, width]
+        state = None
+        for block in self.blocks:
+            x, state = block(x, state, first_key=first_key, offset=offset)
+        return F.linear(self.norm(x), self.embedding.weight)
+
+    def loss(self, tokens: Tensor, targets: Tensor, *, first_key: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy of the next tokens ``targets`` ``[B, T]``, in nats per token."""
+        return F.cross_entropy(self(tokens, first_key=first_key).flatten(0, 1), targets.flatten())

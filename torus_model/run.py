@@ -1,0 +1,194 @@
+"""A training run in progress: one step, one validation, and everything that a checkpoint of it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from . import checkpoint, data
+from .checkpoint import CheckpointError
+from .config import TrainConfig
+from .history import History, Validation
+from .lm import TorusLM
+
+_MAY_CHANGE_ON_RESUME = ("steps", "seconds", "validations", "backend", "data", "max_bytes")
+"""Fields that a continued run may set anew. The data may have moved, but its bytes must be the same."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why."""
+
+
+def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
+    """AdamW that decays the matrices of linear layers and the embedding, but no gain, bias, stream logit, raw decay
+    or raw alpha."""
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding))}
+    decayed, rest = [], []
+    for name, parameter in model.named_parameters():
+        (decayed if id(parameter) in matrices else rest).append((name, parameter))
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def training_step(model: TorusLM, optimizer: Optimizer, tokens: Tensor, targets: Tensor, clip: float) -> float:
+    """One step of gradient descent on ``tokens`` and ``targets`` ``[B, T]``; returns the loss before it, in nats."""
+    optimizer.zero_grad()
+    loss = model.loss(tokens, targets)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return loss.item()
+
+
+def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
+    """Part of the peak learning rate after the part ``progress`` of the budget: from ``final`` up to 1, and back."""
+    if progress < warmup:
+        height = progress / warmup
+    else:
+        height = 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
+    return final + (1 - final) * height
+
+
+@torch.inference_mode()
+def validate(model: TorusLM, validation: Tensor, windows: int, batch_size: int, seq_len: int) -> float:
+    """Mean cross-entropy on the fixed windows of the validation part, in bits per byte."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for tokens, targets in data.fixed_batches(validation, windows, batch_size, seq_len):
+        total += model.loss(tokens, targets).item() * targets.numel()
+        count += targets.numel()
+    model.train(was_training)
+    return total / count / math.log(2)
+
+
+class _Stopwatch:
+    """Seconds of the run, those before an interruption included."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._started: float | None = None
+
+    def start(self, before: float = 0.0) -> None:
+        self._before, self._started = before, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (0.0 if self._started is None else time.perf_counter() - self._started)
+
+
+class Run:
+    """The state of a run, all of which a checkpoint holds."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.corpus = data.load_corpus(config.data, config.max_bytes)
+        self.training, self.validation = data.split(
+            self.corpus.data, config.validation_fraction, window=config.seq_len + 1
+        )
+        self.fingerprint = self.corpus.fingerprint
+        self.history = History()
+        self.stopwatch = _Stopwatch()
+        torch.manual_seed(config.seed)
+        self.model = TorusLM(config.model, backend=config.backend)
+        self.optimizer = make_optimizer(self.model, config.learning_rate, config.weight_decay)
+        self.scheduler = LambdaLR(
+            self.optimizer, lambda _: learning_rate_factor(self.progress, config.warmup, config.final_learning_rate)
+        )
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    @property
+    def step(self) -> int:
+        return len(self.history.losses)
+
+    @property
+    def progress(self) -> float:
+        """Part of the budget that is spent."""
+        spent = self.step / self.config.steps if self.config.steps else self.stopwatch.seconds / self.config.seconds
+        return min(1.0, spent)
+
+    def advance(self) -> float:
+        """One training step; returns its loss."""
+        config = self.config
+        tokens, targets = data.random_batch(self.training, config.batch_size, config.seq_len, self.generator)
+        loss = training_step(self.model, self.optimizer, tokens, targets, config.clip)
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss became {loss} at step {self.step + 1}; a lower learning rate may help")
+        self.history.losses.append(loss)
+        self.scheduler.step()
+        return loss
+
+    def validate(self) -> Validation:
+        """Adds a point to the validation curve."""
+        config = self.config
+        seconds = self.stopwatch.seconds
+        bits = validate(self.model, self.validation, config.validation_windows, config.batch_size, config.seq_len)
+        tokens = self.step * config.batch_size * config.seq_len
+        self.history.validation.append(Validation(self.step, tokens, seconds, bits))
+        return self.history.validation[-1]
+
+    def save(self, path: Path) -> None:
+        state = self.optimizer.state_dict()
+        names = [name for group in state["param_groups"] for name in group["param_names"]]
+        optimizer = {
+            f"optimizer.{key}.{names[index]}": value
+            for index, values in state["state"].items()
+            for key, value in values.items()
+        }
+        rng = {"rng.global": torch.get_rng_state(), "rng.batches": self.generator.get_state()}
+        checkpoint.save(path, checkpoint.model_tensors(self.model) | optimizer | rng, {
+            "model_config": self.config.model.to_dict(),
+            "train_config": self.config.to_dict(),
+            "data_fingerprint": self.fingerprint,
+            "seconds": self.stopwatch.seconds,
+            "history": self.history.to_dict(),
+            "param_groups": state["param_groups"],  # with the learning rate: the schedule has no state of its own
+        })
+
+    def restore(self, path: Path) -> None:
+        """Continues from a checkpoint: weights, optimiser, schedule, random numbers, clock and history.
+
+        Raises:
+            CheckpointError: it is of another run, or not complete.
+        """
+        tensors, metadata = checkpoint.load(path)
+        try:
+            self._check_same_run(path, metadata)
+            checkpoint.load_weights(self.model, tensors)
+            groups = metadata["param_groups"]
+            names = [name for group in groups for name in group["param_names"]]
+            index = {name: i for i, name in enumerate(names)}
+            state: dict[int, dict[str, Tensor]] = {}
+            for full_name, value in tensors.items():
+                kind, _, rest = full_name.partition(".")
+                if kind == "optimizer":
+                    key, _, name = rest.partition(".")
+                    state.setdefault(index[name], {})[key] = value.clone()  # not a view of the file
+            history = History.from_dict(metadata["history"])
+            if history.losses and len(state) < len(names):
+                raise KeyError("optimizer state")  # an optimiser accepts less, and would start anew
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            torch.set_rng_state(tensors["rng.global"])
+            self.generator.set_state(tensors["rng.batches"])
+            self.history = history
+            self.stopwatch.start(before=metadata["seconds"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{path} does not hold a run that can be resumed: {error!r}") from error
+
+    def _check_same_run(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        before, now = TrainConfig.from_dict(metadata["train_config"]), self.config
+        for name in (f.name for f in dataclasses.fields(TrainConfig)):
+            if name not in _MAY_CHANGE_ON_RESUME and getattr(before, name) != getattr(now, name):
+                raise CheckpointError(f"{path} was made with {name} = {getattr(before, name)!r}, which a resumed run "
+                                      f"must keep; got {getattr(now, name)!r}")
+        if metadata["data_fingerprint"] != self.fingerprint:
+            raise CheckpointError(f"{path} was made with other text than {self.corpus.source}")

@@ -1,0 +1,189 @@
+"""Training of the byte-level model.
+
+    from torus_model.train import TrainConfig, train
+    result = train(TrainConfig(seconds=120), "runs/model")
+    result.bits_per_byte
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import checkpoint
+from .checkpoint import CheckpointError
+from .config import TrainConfig
+from .history import History, Validation
+from .lm import ModelConfig, TorusLM
+from .run import Run, TrainingError, make_optimizer, training_step
+
+__all__ = ["TrainConfig", "TrainingError", "TrainingResult", "resumable_config", "steps_per_second", "train"]
+
+_EXPORTS = ("history.json", "validation.png")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A finished run.
+
+    Attributes:
+        model: trained, in evaluation mode.
+        history: losses and validation curve.
+        checkpoint: the safetensors file, for `checkpoint.load_model` and for resuming.
+        history_file: the history as JSON.
+        plot_file: the validation curve as PNG.
+    """
+
+    model: TorusLM
+    history: History
+    checkpoint: Path
+    history_file: Path
+    plot_file: Path
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The last point of the validation curve."""
+        return self.history.validation[-1].bits_per_byte
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens trained on per second of the whole run, validations included."""
+        last = self.history.validation[-1]
+        return last.tokens / last.seconds if last.seconds > 0 else 0.0
+
+
+def steps_per_second(
+    model: ModelConfig, backend: str | None = None, *, batch_size: int = 8, seq_len: int = 512, steps: int = 3
+) -> float:
+    """How many training steps per second this model makes with this backend: the mean of ``steps`` steps on random
+    tokens after one that is not counted."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        lm = TorusLM(model, backend=backend)
+        optimizer = make_optimizer(lm, 1e-3, 0.0)
+        tokens, targets = torch.randint(model.vocab_size, (2, batch_size, seq_len))
+        training_step(lm, optimizer, tokens, targets, clip=1.0)
+        started = time.perf_counter()
+        for _ in range(steps):
+            training_step(lm, optimizer, tokens, targets, clip=1.0)
+        return steps / (time.perf_counter() - started)
+
+
+def resumable_config(run_dir: str | os.PathLike, **changes: Any) -> TrainConfig:
+    """The configuration of the run in this folder, with changes: of the budget, for instance.
+
+    Raises:
+        CheckpointError: there is no run.
+        TypeError, ValueError: a change is wrong.
+    """
+    _, metadata = checkpoint.load(Path(run_dir) / checkpoint.FILE_NAME, prefix=checkpoint.WEIGHTS)
+    try:
+        config = TrainConfig.from_dict(metadata["train_config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{run_dir} does not hold a run that can be resumed: {error!r}") from error
+    return dataclasses.replace(config, **changes)
+
+
+def train(
+    config: TrainConfig,
+    run_dir: str | os.PathLike,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    on_validation: Callable[[Validation], None] | None = None,
+) -> TrainingResult:
+    """Trains a `TorusLM` on bytes.
+
+    Every validation writes checkpoint and history into ``run_dir``; the plot follows at the end, also at an early one.
+    A run that ``run_dir`` already holds is overwritten, unless it is resumed.
+
+    Args:
+        config: the run.
+        run_dir: folder of the run; made where it does not exist.
+        resume: continue the run whose checkpoint lies in ``run_dir``. With a budget of steps, a run that was
+            interrupted has the same losses as one that was not.
+        progress: show a progress bar on stderr.
+        on_validation: called with every new point of the validation curve, after the checkpoint is written.
+
+    Raises:
+        CheckpointError: there is nothing to resume, or it does not fit ``config``.
+        DataError: the text is missing or too short.
+        BackendError: the backend that was asked for cannot run.
+        TrainingError: the loss is no longer finite.
+        OSError: a file cannot be read or written.
+    """
+    run_dir = Path(run_dir)
+    checkpoint_file, history_file, plot_file = (run_dir / name for name in (checkpoint.FILE_NAME, *_EXPORTS))
+    with torch.random.fork_rng(devices=[]):
+        run = Run(config)
+        if resume:
+            run.restore(checkpoint.locate(run_dir))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with _ProgressBar(run, progress) as bar:
+
+            def record() -> None:
+                point = run.validate()
+                run.save(checkpoint_file)
+                run.history.write_json(history_file, config=config.to_dict(), data=run.corpus.source)
+                bar.write(f"step {point.step}, {point.seconds:.0f} s: {point.bits_per_byte:.3f} bits per byte")
+                if on_validation is not None:
+                    on_validation(point)
+
+            try:
+                if not resume:
+                    record()
+                    run.stopwatch.start()
+                validated = int(run.progress * config.validations)
+                while run.progress < 1:
+                    bar.update(run.advance())
+                    if (due := int(run.progress * config.validations)) > validated:
+                        record()
+                        validated = due
+            finally:
+                run.history.write_plot(plot_file)
+    return TrainingResult(run.model.eval(), run.history, checkpoint_file, history_file, plot_file)
+
+
+class _ProgressBar:
+    """Budget spent, loss and speed on stderr: a bar on a terminal, and a line for each validation anywhere."""
+
+    def __init__(self, run: Run, enabled: bool) -> None:
+        config = run.config
+        self._run, self._enabled = run, enabled
+        self._tokens_per_step = config.batch_size * config.seq_len
+        self._first_step, self._started = run.step, time.perf_counter()
+        self._bar = tqdm(
+            total=config.steps or config.seconds,
+            disable=None if enabled else True,  # None: off where stderr is not a terminal
+            bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]",
+            unit="steps" if config.steps else "s",
+        )
+
+    def __enter__(self) -> _ProgressBar:
+        corpus = self._run.corpus
+        parameters = sum(p.numel() for p in self._run.model.parameters())
+        self.write(f"{parameters:,} parameters; {len(corpus.data) / 1e6:.1f} MB of text in {corpus.files} files from "
+                   f"{corpus.source}")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def update(self, loss: float) -> None:
+        tokens = (self._run.step - self._first_step) * self._tokens_per_step
+        speed = tokens / (time.perf_counter() - self._started)
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        self._bar.update(self._run.progress * self._bar.total - self._bar.n)
+
+    def write(self, line: str) -> None:
+        if self._enabled:
+            tqdm.write(line, file=sys.stderr)
