@@ -7,6 +7,7 @@ None for yes. Backends differ in how they compute, never in what.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -44,6 +45,7 @@ def check_name(name: object, source: str = "backend") -> str:
     return name
 
 
+@functools.cache
 def load(name: str) -> ModuleType | None:
     """The backend's module, or None where this version has none."""
     path = _IMPLEMENTED.get(name)
