@@ -63,7 +63,7 @@ def check_accuracy(backend: str, console: Console) -> None:
     Raises:
         WrongResult: an error exceeds its budget.
     """
-    table = Table(title=f"Largest error of the backend {backend} against the float64 reference, and its budget",
+    table = Table(title=f"Error of the backend {backend} against the float64 reference / budget",
                   box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1))
     table.add_column("")
     columns: list[list[Check]] = []
@@ -77,7 +77,7 @@ def check_accuracy(backend: str, console: Console) -> None:
             table.add_column(f"{lattice.topology}\n{str(dtype).removeprefix('torch.')}", justify="right")
     for row, name in enumerate(RESULTS):
         cells = [column[row] for column in columns]
-        table.add_row(name, *(f"{'' if c.ok else '[red]'}{c.error:.0e} of {c.budget:.0e}" for c in cells))
+        table.add_row(name, *(f"{'' if c.ok else '[red]'}{c.error:.0e} / {c.budget:.0e}" for c in cells))
     console.print(table)
     if not all(check.ok for column in columns for check in column):
         raise WrongResult(f"{backend} exceeds its error budget; see the table")

@@ -184,11 +184,11 @@ def test_resume_and_overwrite(tmp_path, text):
 
 
 def test_options_become_the_configuration(tmp_path, text):
-    assert run("train", "--output", tmp_path, "--data", text, "--steps", 1, *TINY, "--kv-heads", 1, "--token-gated",
+    assert run("train", "--output", tmp_path, "--data", text, "--steps", 1, *TINY, "--kv-heads", 1, "--no-token-gated",
                "--streams", "minor_forward,spiral_cw", "--cross-radius", 2, 1, "--learning-rate", 0.5) == 0
     metadata = checkpoint.load(tmp_path)[1]
     config = ModelConfig.from_dict(metadata["model_config"])
-    assert (config.kv_heads, config.token_gated, config.cross_radius) == (1, True, (2, 1))
+    assert (config.kv_heads, config.token_gated, config.cross_radius) == (1, False, (2, 1))
     assert config.streams == ("minor_forward", "spiral_cw")
     assert metadata["train_config"]["learning_rate"] == 0.5
 

@@ -13,7 +13,8 @@ from torus_model import ModelConfig, TorusAttention, TorusBlock, TorusLM
 from torus_model.attention import ALPHA_RANGE, INITIAL_ALPHA, SMALLEST_INITIAL_DECAY
 
 # The longest sequence exceeds the lattice's 48 sites, so that every stream, the window's end included, takes part.
-SMALL = ModelConfig(vocab_size=31, width=32, layers=3, heads=4, n_major=6, n_minor=8, cross_radius=(2, 3))
+SMALL = ModelConfig(vocab_size=31, width=32, layers=3, heads=4, n_major=6, n_minor=8, cross_radius=(2, 3),
+                    token_gated=False)
 SEQ_LEN = 60
 
 VARIANTS = {
@@ -21,7 +22,9 @@ VARIANTS = {
     "grouped": {"kv_heads": 2},
     "token_gated": {"token_gated": True},
     "subset": {"streams": ("minor_forward", "spiral_cw", "cross_u_to_v")},
-    "everything": {"kv_heads": 1, "token_gated": True, "streams": ("major_forward", "minor_forward", "spiral_ccw")},
+    "everything": {
+        "kv_heads": 1, "token_gated": True, "winding": 3, "streams": ("major_forward", "minor_forward", "spiral_ccw"),
+    },
 }
 
 

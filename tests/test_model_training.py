@@ -17,7 +17,7 @@ from torus_model.data import DataError
 from torus_model.run import Run, learning_rate_factor, make_optimizer, training_step, validate
 from torus_model.train import TrainConfig, TrainingError, resumable_config, steps_per_second, train
 
-MODEL = ModelConfig(width=32, layers=2, heads=2, n_major=6, n_minor=8, cross_radius=(2, 3))
+MODEL = ModelConfig(width=32, layers=2, heads=2, n_major=6, n_minor=8, cross_radius=(2, 3), token_gated=False)
 
 
 @pytest.fixture(scope="module")

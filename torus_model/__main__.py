@@ -79,7 +79,8 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
         type=int, nargs=2, metavar=("NARROW", "BROAD"))
     add(architecture, "--streams", f"streams to use, out of {','.join(s.name for s in Stream)} (default: all)",
         type=_stream_names, metavar="NAME,NAME,...")
-    add(architecture, "--token-gated", "stream weights from each token", action="store_true")
+    add(architecture, "--token-gated", "stream weights from each token, or one set per head",
+        "--token-gated", action=argparse.BooleanOptionalAction)
     add(architecture, "--dropout", "probability on the output of each branch", model.dropout, type=float)
 
 

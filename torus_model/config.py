@@ -47,8 +47,8 @@ class TrainConfig:
     data: str | None = None
     max_bytes: int = DEFAULT_MAX_BYTES
     validation_fraction: float = 0.1
-    seq_len: int = 512
-    batch_size: int = 8
+    seq_len: int = 256
+    batch_size: int = 2
     learning_rate: float = 3e-3
     warmup: float = 0.05
     final_learning_rate: float = 0.05

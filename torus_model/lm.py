@@ -30,7 +30,7 @@ class ModelConfig:
         ff_width: hidden size of the feed-forward layers; None for ``4 * width``.
         n_major, n_minor, winding, cross_radius, streams: the causal `TorusLattice`; a token sees the last
             ``n_major * n_minor`` tokens. ``streams`` are names; None for all eight.
-        token_gated: stream weights from each token instead of one set per head.
+        token_gated: stream weights from each token; otherwise one set per head.
         dropout: probability on the output of each branch of a block.
 
     Raises:
@@ -44,11 +44,11 @@ class ModelConfig:
     kv_heads: int | None = None
     ff_width: int | None = None
     n_major: int = 16
-    n_minor: int = 32
+    n_minor: int = 16
     winding: int = 1
     cross_radius: tuple[int, int] = (3, 7)
     streams: tuple[str, ...] | None = None
-    token_gated: bool = False
+    token_gated: bool = True
     dropout: float = 0.0
 
     def __post_init__(self) -> None:

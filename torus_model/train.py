@@ -62,7 +62,7 @@ class TrainingResult:
 
 
 def steps_per_second(
-    model: ModelConfig, backend: str | None = None, *, batch_size: int = 8, seq_len: int = 512, steps: int = 3
+    model: ModelConfig, backend: str | None = None, *, batch_size: int, seq_len: int, steps: int = 3
 ) -> float:
     """How many training steps per second this model makes with this backend: the mean of ``steps`` steps on random
     tokens after one that is not counted."""
