@@ -68,7 +68,9 @@ def check(backend, function, plain, arguments, dtype) -> dict[str, torch.Tensor]
     yardstick = evaluate(plain, arguments)
     if "second" in yardstick:  # plain PyTorch keeps the velocity in the tokens' dtype
         yardstick["second"] = yardstick["second"].to(actual["second"].dtype)
-    assert_within_budget(actual, expected, yardstick)
+    # A gate's gradient is a sum over tokens and channels, whose rounding grows as the root of its length.
+    terms = arguments["x"].numel() / HEADS
+    assert_within_budget(actual, expected, yardstick, roundings=8 + terms**0.5)
     return actual
 
 
@@ -257,3 +259,24 @@ def test_errors_of_multiscale(name, change, error, message):
     ema_compound_multiscale(**arguments)
     with pytest.raises(error, match=message):
         ema_compound_multiscale(**arguments | {name: change(arguments[name])})
+
+
+@pytest.mark.parametrize("head_dim", [3, 8, 12])
+def test_threads_keep_to_their_own_rows(kernel_backend, head_dim):
+    """Rows narrower than a vector or a cache line: scratch of one thread must not reach into another's."""
+    generator = torch.Generator().manual_seed(0)
+    x, state, velocity = (torch.randn(2, 8, 300, head_dim, generator=generator).requires_grad_() for _ in range(3))
+    alpha, beta = (torch.rand(8, generator=generator).requires_grad_() for _ in range(2))
+
+    def run(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with kernel_backend.chosen():
+                out, velocity_out = ema_compound(x, state, alpha, beta=beta, velocity=velocity)
+                return out, *torch.autograd.grad((out * velocity_out).sum(), [x, state, alpha, beta, velocity])
+        finally:
+            torch.set_num_threads(before)
+
+    for one, several in zip(run(1), run(4), strict=True):
+        assert torch.equal(one, several)

@@ -14,7 +14,7 @@ from conftest import require_backend
 from torus_kernels.backends import cpu
 
 TESTS = Path(__file__).parent
-SELECTED = ("test_golden.py", "test_causal.py", "test_symmetries.py", "test_decode.py")
+SELECTED = ("test_golden.py", "test_causal.py", "test_symmetries.py", "test_compounding.py", "test_decode.py")
 ISAS = ("baseline", "avx2", "avx512")
 
 

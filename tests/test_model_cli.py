@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from torus_kernels import BackendError, available_backends
 from torus_model import ModelConfig, TorusLM, checkpoint
-from torus_model.__main__ import main
+from torus_model.__main__ import main, restart_with_sleeping_threads
 from torus_model.generate import generate, sample
 
 MODEL = ModelConfig(width=16, layers=2, heads=2, n_major=4, n_minor=6, cross_radius=(1, 2))
@@ -143,6 +143,20 @@ def test_module_runs_as_a_program():
     )
     assert done.returncode == 2
     assert done.stderr == "python -m torus_model: error: no checkpoint at nowhere\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the program does not restart")
+def test_program_restarts_once_with_threads_that_sleep(monkeypatch):
+    started = []
+    monkeypatch.setattr("os.execve", lambda path, arguments, environment: started.append((arguments, environment)))
+    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "torus_model", "train"])
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    restart_with_sleeping_threads()
+    [(arguments, environment)] = started
+    assert arguments == [sys.executable, "-m", "torus_model", "train"]
+    monkeypatch.setenv("OMP_WAIT_POLICY", environment["OMP_WAIT_POLICY"])
+    restart_with_sleeping_threads()
+    assert len(started) == 1
 
 
 def test_train_then_generate(run_dir, capsys):

@@ -16,7 +16,9 @@ constexpr DType kComputeDType = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat
 // Runs body(batch, head, arena) for every head, each by one thread; `rows` rows of scratch.
 template <class T, class Body>
 void for_each_head(const Runtime& runtime, int64_t batch, int64_t heads, int64_t head_dim, int64_t rows, Body body) {
-  const int64_t bytes = rows * round_up(head_dim, kLanes<T>) * static_cast<int64_t>(sizeof(T));
+  Arena measured;
+  for (int64_t row = 0; row < rows; ++row) measured.take<T>(round_up(head_dim, kLanes<T>));
+  const int64_t bytes = measured.used;
   const uintptr_t scratch =
       reinterpret_cast<uintptr_t>(runtime.allocate(runtime.num_threads * bytes, runtime.owner));
   Team{runtime, scratch, bytes}.run(batch * heads,
