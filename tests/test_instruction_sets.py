@@ -15,7 +15,6 @@ from torus_kernels.backends import cpu
 
 TESTS = Path(__file__).parent
 SELECTED = ("test_golden.py", "test_causal.py", "test_symmetries.py", "test_compounding.py", "test_decode.py")
-ISAS = ("baseline", "avx2", "avx512")
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +27,10 @@ def in_subprocess(isa: str, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], cwd=TESTS.parent, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", cpu.INSTRUCTION_SETS)
 def test_same_operator(isa):
     best = cpu.instruction_set()
-    if ISAS.index(isa) > ISAS.index(best):
+    if cpu.INSTRUCTION_SETS.index(isa) > cpu.INSTRUCTION_SETS.index(best):
         pytest.skip(f"this machine runs up to {best}")
     if isa == best:
         pytest.skip(f"{isa} is what the whole suite runs on here")

@@ -59,6 +59,7 @@ _COMMON_FLAGS = (
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
+_AMX = ("-mavx512bf16", "-mamx-tile", "-mamx-bf16")
 _SOURCE_SUFFIXES = (".cpp", ".h")
 _COMPILERS = ("c++", "g++", "clang++")
 _BYTES_PER_JOB = 1 << 30
@@ -88,9 +89,12 @@ def _units() -> tuple[Unit, ...]:
     # Linked in this order, oldest instruction set first: of several weak definitions of a function the linker keeps
     # the first, so that no machine runs code newer than itself through a shared inline function.
     isas = {"baseline": (), "avx2": _AVX2, "avx512": _AVX2 + _AVX512} if _X86 else {"baseline": ()}
+    kernels = [Unit(f"kernels_{isa}", "cpu/kernels.cpp", flags, isa) for isa, flags in isas.items()]
+    if _X86:
+        kernels.append(Unit("kernels_amx", "cpu/kernels_amx.cpp", _AVX2 + _AVX512 + _AMX, "amx"))
     target = (f"-DTORCH_TARGET_VERSION={_TORCH_TARGET_VERSION}",)
     bindings = Unit("bindings", "cpu/bindings.cpp", target, isa=None, needs_torch=True)
-    return (bindings, *(Unit(f"kernels_{isa}", "cpu/kernels.cpp", flags, isa) for isa, flags in isas.items()))
+    return (bindings, *kernels)
 
 
 UNITS = _units()

@@ -12,42 +12,47 @@ constexpr int64_t kTokensPerUnit = 256;  // of work that goes token by token
 constexpr int kPartials = 2 * kNumStreams + 1;  // sums of one head: d_weights, d_decay, d_alpha
 
 // Everything about a call that does not depend on the head.
-template <class T>
+template <class P>
 struct Call {
+  using T = typename P::Compute;
+  using E = typename P::Element;
   const AttentionInputs& in;
   const Runtime& runtime;
   int64_t padded_dim;
   T scale;
   LinePlan<T> lines[kNumFamilies];
-  CrossPlan<T> cross;
+  using Cross = CrossFlows<P>;
+  using CrossPlan = typename Cross::Plan;
+  CrossPlan cross;
   int64_t table_offset[kNumStreams];  // of each stream's bias in a head's tables
   int64_t table_count;
   int64_t group;  // query heads of a key/value head
 
   Call(const AttentionInputs& in, const Runtime& runtime) : in(in), runtime(runtime) {
-    padded_dim = round_up(in.head_dim, kLanes<T>);
+    padded_dim = round_up(in.head_dim, P::kLanesOfDim);
     scale = static_cast<T>(in.scale);
     group = in.heads / in.kv_heads;
     table_count = 0;
     for (int f = 0; f < kNumFamilies; ++f) {
-      lines[f] = plan_lines<T>(in.lattice, static_cast<Family>(f), in.seq_len);
+      lines[f] = plan_lines<P>(in.lattice, static_cast<Family>(f), in.seq_len);
       if (lines[f].active.count == 0) continue;
-      lines[f].rho_squared = allocate(lines[f].table_size);
+      lines[f].rho_squared = allocate<T>(lines[f].table_size);
       fill_rho_squared(lines[f], const_cast<T*>(lines[f].rho_squared));
       for (int s = 0; s < lines[f].active.count; ++s) reserve_table(lines[f].active.index[s], lines[f].table_size);
     }
-    cross = plan_cross<T>(in.lattice, in.seq_len);
+    cross = Cross::plan(in.lattice, in.seq_len);
     for (int s = 0; s < cross.active.count; ++s) {
-      const int stream = cross.active.index[s];
-      T* rho_squared = allocate(kStrip * cross.slots);
-      fill_rho_squared(cross, stream, rho_squared);
-      cross.rho_squared[stream - kCrossUToV] = rho_squared;
-      reserve_table(stream, kStrip * cross.slots);
+      T* rho_squared = allocate<T>(cross.table_size);
+      fill_rho_squared(cross, s, rho_squared);
+      cross.rho_squared[s] = rho_squared;
+      reserve_table(cross.active.index[s], cross.table_size);
     }
   }
 
-  T* allocate(int64_t count) const {
-    return static_cast<T*>(runtime.allocate(max_of(1, count) * static_cast<int64_t>(sizeof(T)), runtime.owner));
+  template <class Number>
+  Number* allocate(int64_t count) const {
+    return static_cast<Number*>(
+        runtime.allocate(max_of(1, count) * static_cast<int64_t>(sizeof(Number)), runtime.owner));
   }
   void reserve_table(int stream, int64_t count) {
     table_offset[stream] = table_count;
@@ -55,32 +60,31 @@ struct Call {
   }
   int64_t tokens() const { return in.seq_len * padded_dim; }
 
-  // Whether tokens are read where they are: in the compute type, their rows whole vectors.
-  bool in_place() const {
-    return in.dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32) && in.head_dim == padded_dim;
-  }
+  // Whether tokens are read where they are: in the type of operands, their rows whole vectors.
+  bool in_place() const { return in.dtype == dtype_of<E>() && in.head_dim == padded_dim; }
 
-  // Rows of one head in the compute type: in place, or `buffer` [T, Dp], which `fill` then writes.
-  TokenRows<T> staged(const Tokens& tokens, int64_t batch, int64_t head, const T* buffer) const {
+  // Rows of one head as operands: in place, or `buffer` [T, Dp], which `fill` then writes.
+  TokenRows<E> staged(const Tokens& tokens, int64_t batch, int64_t head, const E* buffer) const {
     if (!in_place()) return {buffer, padded_dim};
-    return {static_cast<const T*>(tokens.data) + batch * tokens.batch + head * tokens.head, tokens.token};
+    return {static_cast<const E*>(tokens.data) + batch * tokens.batch + head * tokens.head, tokens.token};
   }
-  void fill(const TokenRows<T>& rows, const Tokens& tokens, int64_t batch, int64_t head, int64_t t0,
+  void fill(const TokenRows<E>& rows, const Tokens& tokens, int64_t batch, int64_t head, int64_t t0,
             int64_t t1) const {
     if (in_place()) return;
-    const Rows<T> from = rows_of<T>(tokens, in.dtype, batch, head, in.head_dim);
-    for (int64_t t = t0; t < t1; ++t) from.read(t, const_cast<T*>(rows.at(t)));
+    const Rows<E> from = rows_of<E>(tokens, in.dtype, batch, head, in.head_dim, padded_dim);
+    for (int64_t t = t0; t < t1; ++t) from.read(t, const_cast<E*>(rows.at(t)));
   }
 
   // What one head needs from its inputs; `tables` is room for its biases.
-  Head<T> head(int64_t index, T* tables) const {
-    Head<T> head{};
+  Head<P> head(int64_t index, T* tables) const {
+    Head<P> head{};
     head.batch = index / in.heads;
     head.index = index % in.heads;
     const int64_t b = head.batch, h = head.index;
     head.padded_dim = padded_dim;
     head.weights = static_cast<const T*>(in.weights.data) + b * in.weights.batch + h * in.weights.head;
     head.weights_token = in.weights.token;
+    head.decay = static_cast<const T*>(in.decay.data) + h * in.decay.head;
     if (in.alpha.data != nullptr) {
       head.alpha = static_cast<const T*>(in.alpha.data) + b * in.alpha.batch + h * in.alpha.head;
       head.alpha_token = in.alpha.token;
@@ -92,30 +96,28 @@ struct Call {
   }
 
   // Queries, keys and values of a head; `buffer` is room for three times [T, Dp].
-  void stage_inputs(Head<T>& head, const T* buffer) const {
+  void stage_inputs(Head<P>& head, const E* buffer) const {
     const int64_t b = head.batch, h = head.index;
     head.q = staged(in.q, b, h, buffer);
     head.k = staged(in.k, b, h / group, buffer + tokens());
     head.v = staged(in.v, b, h / group, buffer + 2 * tokens());
   }
-  void fill_inputs(const Head<T>& head, int64_t t0, int64_t t1) const {
+  void fill_inputs(const Head<P>& head, int64_t t0, int64_t t1) const {
     const int64_t b = head.batch, h = head.index;
     fill(head.q, in.q, b, h, t0, t1);
     fill(head.k, in.k, b, h / group, t0, t1);
     fill(head.v, in.v, b, h / group, t0, t1);
   }
 
-  void fill_tables(const Head<T>& head) const {
-    const T* decay = static_cast<const T*>(in.decay.data) + head.index * in.decay.head;
+  void fill_tables(const Head<P>& head) const {
     for (int f = 0; f < kNumFamilies; ++f)
       for (int s = 0; s < lines[f].active.count; ++s) {
         const int stream = lines[f].active.index[s];
-        fill_bias(lines[f], stream, decay[stream], const_cast<T*>(head.bias[stream]));
+        fill_bias(lines[f], s, head.decay[stream], const_cast<T*>(head.bias[stream]));
       }
     for (int s = 0; s < cross.active.count; ++s) {
       const int stream = cross.active.index[s];
-      fill_bias(cross, stream, cross.rho_squared[stream - kCrossUToV], decay[stream],
-                const_cast<T*>(head.bias[stream]));
+      fill_bias(cross, s, head.decay[stream], const_cast<T*>(head.bias[stream]));
     }
   }
 
@@ -138,7 +140,7 @@ struct Call {
 
   // Runs one family after another over `count` heads: body(head, unit, arena) for lines and for the cross flows.
   template <class Runner, class LineBody, class CrossBody>
-  void for_each_family(const Runner& team, const Head<T>* heads, int64_t count, bool in_turns, LineBody line_body,
+  void for_each_family(const Runner& team, const Head<P>* heads, int64_t count, bool in_turns, LineBody line_body,
                        CrossBody cross_body) const {
     for (const LinePlan<T>& plan : lines) {
       if (plan.active.count == 0) continue;
@@ -160,7 +162,7 @@ struct Call {
 
   // body(head, first token, last token, arena) over the tokens of `count` heads.
   template <class Runner, class Body>
-  void for_tokens(const Runner& team, const Head<T>* heads, int64_t count, Body body) const {
+  void for_tokens(const Runner& team, const Head<P>* heads, int64_t count, Body body) const {
     const int64_t units = ceil_div(in.seq_len, kTokensPerUnit);
     team.run(count * units, [&](int64_t i, Arena arena) {
       const int64_t first = i % units * kTokensPerUnit;
@@ -172,24 +174,26 @@ struct Call {
 // Heads that one group of threads works on together.
 constexpr int64_t kMaxTeamHeads = 256;
 
-template <class T>
+template <class P>
 void attention_forward(const AttentionForward& problem, const Runtime& given) {
+  using T = typename P::Compute;
+  using E = typename P::Element;
   Runtime runtime = given;
   runtime.num_threads = min_of(runtime.num_threads, kMaxTeamHeads);
   const AttentionInputs& in = problem.in;
-  const Call<T> call(in, runtime);
+  const Call<P> call(in, runtime);
   const int64_t threads = runtime.num_threads, tokens = call.tokens(), dp = call.padded_dim;
-  const int64_t scratch_bytes = call.template scratch_bytes<LineForwardScratch<T>, CrossForwardScratch<T>>();
+  const int64_t scratch_bytes = call.template scratch_bytes<LineForwardScratch<P>, typename CrossFlows<P>::ForwardScratch>();
   const uintptr_t scratch = reinterpret_cast<uintptr_t>(runtime.allocate(threads * scratch_bytes, runtime.owner));
-  T* const tables = call.allocate(threads * call.table_count);
-  T* const sums = call.allocate(threads * tokens);
+  T* const tables = call.template allocate<T>(threads * call.table_count);
+  T* const sums = call.template allocate<T>(threads * tokens);
   const int64_t staging = call.in_place() ? 0 : 3 * tokens;
-  T* const stage = call.allocate(threads * staging);
+  E* const stage = call.template allocate<E>(threads * staging);
 
   for_heads(runtime, in.batch * in.heads, scratch, scratch_bytes,
             [&](int64_t first, int64_t last, int64_t slot, const auto& team) {
     const int64_t count = last - first;
-    Head<T> heads[kMaxTeamHeads];
+    Head<P> heads[kMaxTeamHeads];
     for (int64_t i = 0; i < count; ++i) {
       heads[i] = call.head(first + i, tables + (slot + i) * call.table_count);
       heads[i].y = sums + (slot + i) * tokens;
@@ -199,7 +203,7 @@ void attention_forward(const AttentionForward& problem, const Runtime& given) {
       if (problem.entropy != nullptr) heads[i].entropy = static_cast<T*>(problem.entropy) + statistics;
     }
     team.run(count, [&](int64_t i, Arena) { call.fill_tables(heads[i]); });
-    call.for_tokens(team, heads, count, [&](const Head<T>& head, int64_t t0, int64_t t1, Arena) {
+    call.for_tokens(team, heads, count, [&](const Head<P>& head, int64_t t0, int64_t t1, Arena) {
       call.fill_inputs(head, t0, t1);
       zero(head.y + t0 * dp, (t1 - t0) * dp);
       for (int64_t t = t0; t < t1; ++t)
@@ -211,17 +215,17 @@ void attention_forward(const AttentionForward& problem, const Runtime& given) {
     });
     call.for_each_family(
         team, heads, count, false,
-        [&](const LinePlan<T>& plan, const Head<T>& head, int64_t unit, Arena arena) {
+        [&](const LinePlan<T>& plan, const Head<P>& head, int64_t unit, Arena arena) {
           line_forward(plan, head, unit, call.scale, arena);
         },
-        [&](const CrossPlan<T>& plan, const Head<T>& head, int64_t unit, Arena arena) {
+        [&](const typename Call<P>::CrossPlan& plan, const Head<P>& head, int64_t unit, Arena arena) {
           cross_forward(plan, head, unit, call.scale, arena);
         });
     // out = state + alpha * (y - state)
-    call.for_tokens(team, heads, count, [&](const Head<T>& head, int64_t t0, int64_t t1, Arena arena) {
+    call.for_tokens(team, heads, count, [&](const Head<P>& head, int64_t t0, int64_t t1, Arena arena) {
       T* state_row = arena.take<T>(dp);
-      const Rows<T> out = rows_of<T>(problem.out, in.dtype, head.batch, head.index, in.head_dim);
-      const Rows<T> state = rows_of<T>(in.state, in.dtype, head.batch, head.index, in.head_dim);
+      const Rows<T> out = rows_of<T>(problem.out, in.dtype, head.batch, head.index, in.head_dim, dp);
+      const Rows<T> state = rows_of<T>(in.state, in.dtype, head.batch, head.index, in.head_dim, dp);
       for (int64_t t = t0; t < t1; ++t) {
         T* y = head.y + t * dp;
         if (head.alpha != nullptr) {
@@ -236,14 +240,17 @@ void attention_forward(const AttentionForward& problem, const Runtime& given) {
 }
 
 // Gradients that go token by token: of the weights, of alpha and of the state; and this head's sums over tokens.
-template <class T>
-void token_gradients(const AttentionBackward& problem, const Head<T>& head, double* partial, Arena arena) {
+template <class P>
+void token_gradients(const AttentionBackward& problem, const Head<P>& head, double* partial, Arena arena) {
+  using T = typename P::Compute;
   const AttentionInputs& in = problem.in;
   const int64_t row = (head.batch * in.heads + head.index) * in.seq_len;
   const bool token_weights = in.weights.token != 0, token_alpha = in.alpha.token != 0;
-  const Rows<T> state = rows_of<T>(in.state, in.dtype, head.batch, head.index, in.head_dim);
-  const Rows<T> d_state = rows_of<T>(problem.d_state, in.dtype, head.batch, head.index, in.head_dim);
+  const Rows<T> state = rows_of<T>(in.state, in.dtype, head.batch, head.index, in.head_dim, head.padded_dim);
+  const Rows<T> d_state = rows_of<T>(problem.d_state, in.dtype, head.batch, head.index, in.head_dim, head.padded_dim);
+  const Rows<T> d_out = rows_of<T>(problem.d_out, in.dtype, head.batch, head.index, in.head_dim, head.padded_dim);
   T* state_row = arena.take<T>(head.padded_dim);
+  T* d_out_row = arena.take<T>(head.padded_dim);
   for (int i = 0; i < kPartials; ++i) partial[i] = 0;
   for (int64_t t = 0; t < in.seq_len; ++t) {
     const T* delta = head.delta + t * kNumStreams;
@@ -259,7 +266,7 @@ void token_gradients(const AttentionBackward& problem, const Head<T>& head, doub
       partial[kNumStreams + s] += head.d_decay[t * kNumStreams + s];
     }
     if (head.alpha == nullptr) continue;
-    const T* d_out_row = head.d_out.at(t);
+    d_out.read(t, d_out_row);
     state.read(t, state_row);
     T d_alpha = y_dot_d_out;
     Vec<T> dot = {};
@@ -295,21 +302,23 @@ void reduce_parameters(const AttentionBackward& problem, const double* partials)
   }
 }
 
-template <class T>
+template <class P>
 void attention_backward(const AttentionBackward& problem, const Runtime& given) {
+  using T = typename P::Compute;
+  using E = typename P::Element;
   Runtime runtime = given;
   runtime.num_threads = min_of(runtime.num_threads, kMaxTeamHeads);
   const AttentionInputs& in = problem.in;
-  const Call<T> call(in, runtime);
+  const Call<P> call(in, runtime);
   const int64_t threads = runtime.num_threads, tokens = call.tokens(), dp = call.padded_dim;
   const int64_t rows = in.seq_len * kNumStreams;
-  const int64_t scratch_bytes = call.template scratch_bytes<LineBackwardScratch<T>, CrossBackwardScratch<T>>();
+  const int64_t scratch_bytes = call.template scratch_bytes<LineBackwardScratch<P>, typename CrossFlows<P>::BackwardScratch>();
   const uintptr_t scratch = reinterpret_cast<uintptr_t>(runtime.allocate(threads * scratch_bytes, runtime.owner));
-  T* const tables = call.allocate(threads * call.table_count);
-  T* const sums = call.allocate(threads * 3 * tokens);
+  T* const tables = call.template allocate<T>(threads * call.table_count);
+  T* const sums = call.template allocate<T>(threads * 3 * tokens);
   const int64_t staging = call.in_place() ? 0 : 4 * tokens;
-  T* const stage = call.allocate(threads * staging);
-  T* const row_sums = call.allocate(threads * 2 * rows);
+  E* const stage = call.template allocate<E>(threads * staging);
+  T* const row_sums = call.template allocate<T>(threads * 2 * rows);
   double* const partials = static_cast<double*>(runtime.allocate(
       in.batch * in.heads * kPartials * static_cast<int64_t>(sizeof(double)), runtime.owner));
 
@@ -317,12 +326,12 @@ void attention_backward(const AttentionBackward& problem, const Runtime& given) 
   for_heads(runtime, in.batch * in.kv_heads, scratch, scratch_bytes,
             [&](int64_t first, int64_t last, int64_t slot, const auto& team) {
     const int64_t count = last - first;
-    Head<T> heads[kMaxTeamHeads];
+    Head<P> heads[kMaxTeamHeads];
     for (int64_t member = 0; member < call.group; ++member) {
       for (int64_t i = 0; i < count; ++i) {
         heads[i] = call.head((first + i) * call.group + member, tables + (slot + i) * call.table_count);
-        Head<T>& head = heads[i];
-        T* const buffer = stage + (slot + i) * staging;
+        Head<P>& head = heads[i];
+        E* const buffer = stage + (slot + i) * staging;
         call.stage_inputs(head, buffer);
         head.d_out = call.staged(problem.d_out, head.batch, head.index, buffer + 3 * tokens);
         T* const mine = sums + (slot + i) * 3 * tokens;
@@ -331,7 +340,7 @@ void attention_backward(const AttentionBackward& problem, const Runtime& given) 
         head.d_decay = head.delta + rows;
       }
       team.run(count, [&](int64_t i, Arena) { call.fill_tables(heads[i]); });
-      call.for_tokens(team, heads, count, [&](const Head<T>& head, int64_t t0, int64_t t1, Arena) {
+      call.for_tokens(team, heads, count, [&](const Head<P>& head, int64_t t0, int64_t t1, Arena) {
         call.fill_inputs(head, t0, t1);
         call.fill(head.d_out, problem.d_out, head.batch, head.index, t0, t1);
         zero(head.d_q + t0 * dp, (t1 - t0) * dp);
@@ -343,18 +352,18 @@ void attention_backward(const AttentionBackward& problem, const Runtime& given) 
       });
       call.for_each_family(
           team, heads, count, true,
-          [&](const LinePlan<T>& plan, const Head<T>& head, int64_t unit, Arena arena) {
+          [&](const LinePlan<T>& plan, const Head<P>& head, int64_t unit, Arena arena) {
             line_backward(plan, head, unit, call.scale, arena);
           },
-          [&](const CrossPlan<T>& plan, const Head<T>& head, int64_t unit, Arena arena) {
+          [&](const typename Call<P>::CrossPlan& plan, const Head<P>& head, int64_t unit, Arena arena) {
             cross_backward(plan, head, unit, call.scale, arena);
           });
       const bool last_member = member == call.group - 1;
-      call.for_tokens(team, heads, count, [&](const Head<T>& head, int64_t t0, int64_t t1, Arena) {
+      call.for_tokens(team, heads, count, [&](const Head<P>& head, int64_t t0, int64_t t1, Arena) {
         const int64_t kv_head = head.index / call.group;
-        const Rows<T> d_q = rows_of<T>(problem.d_q, in.dtype, head.batch, head.index, in.head_dim);
-        const Rows<T> d_k = rows_of<T>(problem.d_k, in.dtype, head.batch, kv_head, in.head_dim);
-        const Rows<T> d_v = rows_of<T>(problem.d_v, in.dtype, head.batch, kv_head, in.head_dim);
+        const Rows<T> d_q = rows_of<T>(problem.d_q, in.dtype, head.batch, head.index, in.head_dim, dp);
+        const Rows<T> d_k = rows_of<T>(problem.d_k, in.dtype, head.batch, kv_head, in.head_dim, dp);
+        const Rows<T> d_v = rows_of<T>(problem.d_v, in.dtype, head.batch, kv_head, in.head_dim, dp);
         for (int64_t t = t0; t < t1; ++t) {
           d_q.write(t, head.d_q + t * dp);
           if (!last_member) continue;

@@ -11,6 +11,14 @@
 #include <string>
 #include <vector>
 
+#if TORUS_X86
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 namespace torus {
@@ -21,12 +29,27 @@ using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
 #if TORUS_X86
+// Linux lets a process use the matrix tiles once it has asked for room to save them in.
+bool may_use_tiles() {
+#if defined(__linux__)
+  unsigned eax, ebx, ecx, edx, ebx1, ecx1, edx1;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  const bool bfloat16_tiles = edx >> 22 & 1, tiles = edx >> 24 & 1;
+  if (!__get_cpuid_count(7, 1, &eax, &ebx1, &ecx1, &edx1)) return false;
+  const bool bfloat16_vectors = eax >> 5 & 1;
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return bfloat16_tiles && tiles && bfloat16_vectors && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
 const Kernels* best_kernels() {
   __builtin_cpu_init();
   const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return kernels_avx512();
+    return may_use_tiles() ? kernels_amx() : kernels_avx512();
   return fma ? kernels_avx2() : kernels_baseline();
 }
 #else
@@ -43,6 +66,7 @@ const Kernels* choose_kernels() {
 #if TORUS_X86
       kernels_avx2(),
       kernels_avx512(),
+      kernels_amx(),
 #endif
   };
   for (const Kernels* kernels : ascending) {
@@ -50,7 +74,7 @@ const Kernels* choose_kernels() {
     if (kernels == best) break;
   }
   STD_TORCH_CHECK(false, "TORUS_CPU_ISA is '", wanted, "', but this machine runs up to '", best->isa,
-                  "' (baseline, avx2 and avx512 are the names)");
+                  "' (baseline, avx2, avx512 and amx are the names)");
   return nullptr;
 }
 
@@ -213,10 +237,11 @@ void rope(Tensor x, std::vector<int64_t> lattice, int64_t offset, bool inverse, 
                  workspace.runtime());
 }
 
-// The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512.
+// The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512, 3 AMX.
 int64_t instruction_set() {
 #if TORUS_X86
-  return &kernels() == kernels_avx512() ? 2 : &kernels() == kernels_avx2() ? 1 : 0;
+  const Kernels* chosen = &kernels();
+  return chosen == kernels_amx() ? 3 : chosen == kernels_avx512() ? 2 : chosen == kernels_avx2() ? 1 : 0;
 #else
   return 0;
 #endif

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cross_plan.h"
+#include "gemm.h"
 
 namespace torus::TORUS_ISA {
 
@@ -11,12 +12,12 @@ namespace torus::TORUS_ISA {
 template <class T>
 struct CrossUnit {
   const CrossPlan<T>& plan;
-  const Head<T>& head;
+  const Head<VectorProducts<T>>& head;
   int64_t first, last;
   int64_t key_row0, num_key_rows;
   int64_t padded_dim, panel;  // panel: numbers in one padded row of keys
 
-  TORUS_INLINE CrossUnit(const CrossPlan<T>& plan, const Head<T>& head, int64_t unit) : plan(plan), head(head) {
+  TORUS_INLINE CrossUnit(const CrossPlan<T>& plan, const Head<VectorProducts<T>>& head, int64_t unit) : plan(plan), head(head) {
     first = plan.first_row(unit);
     last = plan.first_row(unit + 1);
     key_row0 = first - plan.window.a_hi;
@@ -174,7 +175,7 @@ struct CrossTile {
                              : !plan.row_exists(row - window.a_hi) || !plan.row_exists(row - window.a_lo);
     for (int s = 0; s < plan.active.count; ++s) {
       streams[s].bias = unit.head.bias[plan.active.index[s]] + at;
-      streams[s].rho_squared = plan.rho_squared[plan.active.index[s] - kCrossUToV] + at;
+      streams[s].rho_squared = plan.rho_squared[s] + at;
       if (!hide) continue;
       T* hidden = buffer + s * plan.slots;
       for (int64_t i = plan.slots - plan.unused_slots; i < plan.slots; ++i) hidden[i] = kNegativeInfinity<T>;
@@ -202,7 +203,7 @@ TORUS_INLINE void for_each_tile(const CrossUnit<T>& unit, Visit visit) {
       visit(CrossTile<T>{unit, row0, min_of(kStripRows, unit.last - row0), col0});
 }
 
-constexpr int64_t kTileQueries = kStrip * kStripRows;
+constexpr int64_t kStripQueries = kStrip * kStripRows;
 
 template <class T>
 struct CrossForwardScratch {
@@ -211,14 +212,14 @@ struct CrossForwardScratch {
     const int64_t panel = plan.key_ld * padded_dim;
     rows = arena.take<T>(panel);
     turned_keys = arena.take<T>(plan.max_key_rows * panel);
-    for (T** tile : {&queries, &outputs}) *tile = arena.take<T>(kTileQueries * padded_dim);
-    scores = arena.take<T>(kTileQueries * plan.slots);
+    for (T** tile : {&queries, &outputs}) *tile = arena.take<T>(kStripQueries * padded_dim);
+    scores = arena.take<T>(kStripQueries * plan.slots);
     for (T** pair : {&exps, &bias}) *pair = arena.take<T>(kMaxStreamsPerTile * plan.slots);
   }
 };
 
 template <class T>
-void cross_forward(const CrossPlan<T>& plan, const Head<T>& head, int64_t index, T scale, Arena arena) {
+void cross_forward(const CrossPlan<T>& plan, const Head<VectorProducts<T>>& head, int64_t index, T scale, Arena arena) {
   const CrossUnit<T> unit(plan, head, index);
   const int64_t dp = unit.padded_dim;
   const CrossForwardScratch<T> w(plan, dp, arena);
@@ -251,14 +252,14 @@ struct CrossBackwardScratch {
     const int64_t panel = plan.key_ld * padded_dim;
     for (T** panels : {&turned_keys, &turned_values}) *panels = arena.take<T>(plan.max_key_rows * panel);
     rows = arena.take<T>(panel);
-    for (T** tile : {&queries, &d_out, &d_queries}) *tile = arena.take<T>(kTileQueries * padded_dim);
-    for (T** tile : {&scores, &d_probs}) *tile = arena.take<T>(kTileQueries * plan.slots);
+    for (T** tile : {&queries, &d_out, &d_queries}) *tile = arena.take<T>(kStripQueries * padded_dim);
+    for (T** tile : {&scores, &d_probs}) *tile = arena.take<T>(kStripQueries * plan.slots);
     for (T** pair : {&exps, &bias}) *pair = arena.take<T>(kMaxStreamsPerTile * plan.slots);
   }
 };
 
 template <class T>
-void cross_backward(const CrossPlan<T>& plan, const Head<T>& head, int64_t index, T scale, Arena arena) {
+void cross_backward(const CrossPlan<T>& plan, const Head<VectorProducts<T>>& head, int64_t index, T scale, Arena arena) {
   const CrossUnit<T> unit(plan, head, index);
   const int64_t dp = unit.padded_dim;
   const CrossBackwardScratch<T> w(plan, dp, arena);
@@ -294,5 +295,16 @@ void cross_backward(const CrossPlan<T>& plan, const Head<T>& head, int64_t index
     tile.scatter_add(head.d_q, w.d_queries);
   });
 }
+
+// How a kind of products goes about the cross flows: a plan, with overloads of fill_rho_squared, fill_bias, cross_forward
+// and cross_backward for it.
+template <class P>
+struct CrossFlows {
+  using T = typename P::Compute;
+  using Plan = CrossPlan<T>;
+  using ForwardScratch = CrossForwardScratch<T>;
+  using BackwardScratch = CrossBackwardScratch<T>;
+  static Plan plan(const Lattice& lattice, int64_t seq_len) { return plan_cross<T>(lattice, seq_len); }
+};
 
 }  // namespace torus::TORUS_ISA

@@ -9,23 +9,26 @@
 namespace torus {
 namespace TORUS_ISA {
 
+template <class T>
+using Itself = T;
+
 // The compute type is double for float64 tokens and float for all others.
-#define TORUS_BY_COMPUTE_TYPE(kernel, Problem, dtype)                        \
+#define TORUS_BY_COMPUTE_TYPE(kernel, Problem, dtype, of)                    \
   static void run_##kernel(const Problem& problem, const Runtime& runtime) { \
     if (dtype == DType::kFloat64)                                            \
-      kernel<double>(problem, runtime);                                      \
+      kernel<of<double>>(problem, runtime);                                  \
     else                                                                     \
-      kernel<float>(problem, runtime);                                       \
+      kernel<of<float>>(problem, runtime);                                   \
   }
 
-TORUS_BY_COMPUTE_TYPE(attention_forward, AttentionForward, problem.in.dtype)
-TORUS_BY_COMPUTE_TYPE(attention_backward, AttentionBackward, problem.in.dtype)
-TORUS_BY_COMPUTE_TYPE(attention_decode, AttentionDecode, problem.in.dtype)
-TORUS_BY_COMPUTE_TYPE(ema_compound, Compound, problem.dtype)
-TORUS_BY_COMPUTE_TYPE(ema_compound_backward, CompoundBackward, problem.forward.dtype)
-TORUS_BY_COMPUTE_TYPE(ema_multiscale, Multiscale, problem.dtype)
-TORUS_BY_COMPUTE_TYPE(ema_multiscale_backward, MultiscaleBackward, problem.forward.dtype)
-TORUS_BY_COMPUTE_TYPE(rope, Rope, problem.dtype)
+TORUS_BY_COMPUTE_TYPE(attention_forward, AttentionForward, problem.in.dtype, VectorProducts)
+TORUS_BY_COMPUTE_TYPE(attention_backward, AttentionBackward, problem.in.dtype, VectorProducts)
+TORUS_BY_COMPUTE_TYPE(attention_decode, AttentionDecode, problem.in.dtype, Itself)
+TORUS_BY_COMPUTE_TYPE(ema_compound, Compound, problem.dtype, Itself)
+TORUS_BY_COMPUTE_TYPE(ema_compound_backward, CompoundBackward, problem.forward.dtype, Itself)
+TORUS_BY_COMPUTE_TYPE(ema_multiscale, Multiscale, problem.dtype, Itself)
+TORUS_BY_COMPUTE_TYPE(ema_multiscale_backward, MultiscaleBackward, problem.forward.dtype, Itself)
+TORUS_BY_COMPUTE_TYPE(rope, Rope, problem.dtype, Itself)
 
 }  // namespace TORUS_ISA
 

@@ -1,8 +1,13 @@
 // Line streams: after a change of coordinates a short attention along every line, dense where the lattice is closed
-// and banded where time is open. Both arcs of a loop share one tile of scores and one product with V.
+// and banded where time is open. Both arcs of a loop share one tile of scores, one exponential and one product with V.
+//
+// Tiles are stored by key, so that queries are lanes. `P` is the kind of products (products.h), `T` its compute type
+// and `E` the type of its operands.
 #pragma once
 
+#include "columns.h"
 #include "head.h"
+#include "products.h"
 
 namespace torus::TORUS_ISA {
 
@@ -11,71 +16,92 @@ template <class T>
 struct LinePlan {
   LineFamily lines;
   ActiveStreams active;
-  int64_t block;       // queries per tile
+  int64_t block;       // queries per tile, whole vectors
   int64_t chunk;       // queries per unit of work; a line is cut only where it is open and long
+  int64_t grain;       // what rows and depths are padded to
   int64_t max_length;  // of the family's lines
-  int64_t max_keys;    // of a unit, rounded up to vectors
-  int64_t max_cols;    // of a tile
+  int64_t max_keys;    // of a unit, with room for padding
+  int64_t max_rows;    // of a tile, likewise
   bool adjacent;       // neighbours on a line are neighbours in memory
-  // Tables over displacement, reversed so that a row reads them forwards: entry `origin - step`.
+  // Tables over displacement: entry `origin + step`.
   int64_t origin, table_size;
   const T* rho_squared;  // shared by both arcs; zero beyond the band
+  int num_shared;        // displacements that both arcs see
+  int64_t shared[kMaxSharedSteps];
 
   TORUS_INLINE int64_t chunks() const { return ceil_div(max_length, chunk); }
   TORUS_INLINE int64_t units() const { return lines.num_lines * chunks(); }
   // Chunks of an open line write gradients into their neighbour's keys, so they take turns; lines never meet.
   TORUS_INLINE int64_t turns() const { return chunks() > 1 ? 2 : 1; }
+  TORUS_INLINE bool is_shared(int64_t step) const {
+    for (int n = 0; n < num_shared; ++n)
+      if (shared[n] == step) return true;
+    return false;
+  }
 };
 
-template <class T>
+template <class P, class T = typename P::Compute>
 LinePlan<T> plan_lines(const Lattice& lattice, Family family, int64_t seq_len) {
   LinePlan<T> plan{};
   plan.lines = line_family(lattice, family, seq_len);
-  for (int s = 0; s < plan.lines.num_streams; ++s) plan.active.add(lattice, plan.lines.first_stream + s);
+  const LineFamily& lines = plan.lines;
+  for (int s = 0; s < lines.num_streams; ++s) plan.active.add(lattice, lines.first_stream + s);
   if (plan.active.count == 0) return plan;
-  const int64_t lanes = kLanes<T>;
-  plan.max_length = plan.lines.length(0);
+  if (plan.active.count == 2)
+    for (int64_t step = lines.min_step; step <= lines.max_step; ++step)
+      if (lines.visible(lines.first_stream, step) && lines.visible(lines.first_stream + 1, step))
+        plan.shared[plan.num_shared++] = step;
+  plan.max_length = lines.length(0);
   const bool banded = lattice.causal();
   plan.adjacent = family == kMinor;
-  plan.block = banded ? 16 : 24;
-  const int64_t band = plan.lines.max_step;
-  plan.chunk = banded ? min_of(plan.max_length, max_of(4 * plan.block, round_up(4 * band, plan.block)))
+  plan.grain = P::kGrain;
+  plan.block = banded ? P::kBanded : P::kDense;
+  const int64_t band = lines.max_step;
+  plan.chunk = banded ? min_of(round_up(plan.max_length, plan.block),
+                               max_of(4 * plan.block, round_up(4 * band, plan.block)))
                       : plan.max_length;
-  plan.max_keys = round_up(banded ? min_of(plan.max_length, plan.chunk + band) : plan.max_length, lanes) + lanes;
-  plan.max_cols = banded ? min_of(round_up(plan.block + band, lanes), plan.max_keys) : plan.max_keys;
-  const int64_t margin = plan.block + 2 * lanes;
-  plan.origin = plan.lines.max_step + margin;
-  plan.table_size = round_up(plan.lines.max_step - plan.lines.min_step + 1 + 2 * margin, lanes);
+  const int64_t room = 2 * plan.grain;
+  plan.max_keys = round_up(banded ? min_of(plan.max_length, plan.chunk + band) : plan.max_length, plan.grain) + room;
+  plan.max_rows = min_of(banded ? round_up(plan.block + band, plan.grain) + room : plan.max_keys, plan.max_keys);
+  const int64_t margin = plan.block + kLanes<T>;
+  plan.origin = margin - lines.min_step;
+  plan.table_size = round_up(lines.max_step - lines.min_step + 1 + 2 * margin, kLanes<T>);
   return plan;
 }
 
 template <class T>
 void fill_rho_squared(const LinePlan<T>& plan, T* table) {
   for (int64_t x = 0; x < plan.table_size; ++x) {
-    const int64_t step = plan.origin - x;
+    const int64_t step = x - plan.origin;
     const bool in_band = step >= plan.lines.min_step && step <= plan.lines.max_step;
     table[x] = in_band ? static_cast<T>(plan.lines.rho_squared(step)) : T(0);
   }
 }
 
+// Biases of the plan's stream number `s`; the second leaves shared steps out.
 template <class T>
-void fill_bias(const LinePlan<T>& plan, int stream, T decay, T* table) {
+void fill_bias(const LinePlan<T>& plan, int s, T decay, T* table) {
   const T factor = static_cast<T>(-0.5 * kLog2e) * decay;
-  for (int64_t x = 0; x < plan.table_size; ++x)
-    table[x] = plan.lines.visible(stream, plan.origin - x) ? factor * plan.rho_squared[x] : kNegativeInfinity<T>;
+  for (int64_t x = 0; x < plan.table_size; ++x) {
+    const int64_t step = x - plan.origin;
+    const bool here = plan.lines.visible(plan.active.index[s], step) && !(s == 1 && plan.is_shared(step));
+    table[x] = here ? factor * plan.rho_squared[x] : kNegativeInfinity<T>;
+  }
 }
 
 // One unit of work: queries [first, last) of a line and the keys that they can see.
-template <class T>
+template <class P>
 struct LineUnit {
+  using T = typename P::Compute;
+  using E = typename P::Element;
   const LinePlan<T>& plan;
-  const Head<T>& head;
+  const Head<P>& head;
   int64_t line, first, last;
   int64_t key0, num_keys;  // keys are positions key0 ... key0 + num_keys - 1 of the line
-  int64_t padded_dim, key_ld;
+  int64_t padded_dim;
   const int64_t* tokens;  // of positions key0 ... last - 1
 
-  TORUS_INLINE LineUnit(const LinePlan<T>& plan, const Head<T>& head, int64_t unit, int64_t* token_buffer)
+  TORUS_INLINE LineUnit(const LinePlan<T>& plan, const Head<P>& head, int64_t unit, int64_t* token_buffer)
       : plan(plan), head(head), line(unit / plan.chunks()), tokens(token_buffer) {
     const int64_t length = plan.lines.length(line);
     first = unit % plan.chunks() * plan.chunk;
@@ -83,185 +109,250 @@ struct LineUnit {
     key0 = max_of(0, first - plan.lines.max_step);
     num_keys = max_of(0, min_of(length, last - plan.lines.min_step) - key0);
     padded_dim = head.padded_dim;
-    key_ld = plan.max_keys;
     for (int64_t i = 0; i < num_keys; ++i) token_buffer[i] = plan.lines.token(line, key0 + i);
   }
 
   TORUS_INLINE int64_t token(int64_t i) const { return tokens[i - key0]; }
+  TORUS_INLINE int64_t padded(int64_t n) const { return round_up(n, plan.grain); }
+  // Whether n rows are used where they are: one after another, and nothing is made of the rows behind them.
+  TORUS_INLINE bool in_place(int64_t n) const {
+    return plan.adjacent && (P::kGrain == 1 || (!plan.lines.lattice.causal() && n % plan.grain == 0));
+  }
 
-  // Rows of positions i ... i + n - 1: where they are if they lie one after another, else copied into `buffer`.
-  TORUS_INLINE TokenRows<T> rows(const TokenRows<T>& from, int64_t i, int64_t n, T* buffer) const {
-    if (plan.adjacent) return {from.at(token(i)), from.stride};
+  // Rows of positions i ... i + n - 1: where they are, or copied into `buffer` and padded with zeros.
+  TORUS_INLINE TokenRows<E> rows(const TokenRows<E>& from, int64_t i, int64_t n, E* buffer) const {
+    if (in_place(n)) return {from.at(token(i)), from.stride};
     for (int64_t r = 0; r < n; ++r) {
       prefetch_row(from.at(token(min_of(i + r + kPrefetchRows, i + n - 1))), padded_dim);
       copy_row(from.at(token(i + r)), buffer + r * padded_dim, padded_dim);
     }
+    zero(buffer + n * padded_dim, (padded(n) - n) * padded_dim);
     return {buffer, padded_dim};
   }
 
-  // Where to add up rows of positions i ...: in place if they lie one after another, else in a cleared `buffer`, from
-  // where `add_back` takes them.
-  TORUS_INLINE T* accumulator(T* into, int64_t i, int64_t n, T* buffer) const {
-    if (plan.adjacent) return into + token(i) * padded_dim;
-    zero(buffer, n * padded_dim);
+  // Where to add up rows of positions i ...: in place, or in a cleared `buffer`, from where `add_back` takes them.
+  TORUS_INLINE T* accumulator(T* into, int64_t i, int64_t n, int64_t room, T* buffer) const {
+    if (in_place(n)) return into + token(i) * padded_dim;
+    zero(buffer, room * padded_dim);
     return buffer;
   }
   TORUS_INLINE void add_back(T* into, int64_t i, int64_t n, const T* buffer) const {
-    if (plan.adjacent) return;
+    if (in_place(n)) return;
     for (int64_t r = 0; r < n; ++r) {
       prefetch_row(into + token(min_of(i + r + kPrefetchRows, i + n - 1)) * padded_dim, padded_dim);
       add_row(into + token(i + r) * padded_dim, buffer + r * padded_dim, padded_dim);
     }
   }
-
-  // The keys' rows, turned: [Dp, key_ld], zeros behind the last key. `tail` holds the last, incomplete block.
-  TORUS_INLINE void turn(const TokenRows<T>& keys, T* turned, T* tail) const {
-    constexpr int64_t lanes = kLanes<T>;
-    const int64_t whole = num_keys / lanes * lanes, rest = num_keys - whole;
-    transpose(keys.data, whole, padded_dim, keys.stride, turned, key_ld);
-    int64_t done = whole;
-    if (rest > 0) {
-      zero(tail, lanes * padded_dim);
-      for (int64_t r = 0; r < rest; ++r) copy_row(keys.at(whole + r), tail + r * padded_dim, padded_dim);
-      transpose(tail, lanes, padded_dim, padded_dim, turned + whole, key_ld);
-      done += lanes;
-    }
-    for (int64_t d = 0; d < padded_dim; ++d) zero(turned + d * key_ld + done, key_ld - done);
-  }
 };
 
-// The columns of one tile of queries, and the bias row of each query in it.
-template <class T>
+// One tile: queries row0 ... and the keys that any of them sees.
+template <class P>
 struct LineTile {
-  const LineUnit<T>& unit;
-  int64_t row0, rows;
-  int64_t col0, keys, cols;  // keys col0 ... col0 + keys - 1 of the unit; cols: rounded up to vectors
+  using T = typename P::Compute;
+  const LineUnit<P>& unit;
+  int64_t row0, queries;  // of the line
+  int64_t col0, keys;     // keys col0 ... col0 + keys - 1 of the unit
 
-  TORUS_INLINE LineTile(const LineUnit<T>& unit, int64_t row0) : unit(unit), row0(row0) {
+  TORUS_INLINE LineTile(const LineUnit<P>& unit, int64_t row0) : unit(unit), row0(row0) {
     const LineFamily& lines = unit.plan.lines;
-    rows = min_of(unit.plan.block, unit.last - row0);
-    const int64_t from = max_of(unit.key0, row0 - lines.max_step);
-    const int64_t to = min_of(unit.key0 + unit.num_keys, row0 + rows - lines.min_step);
-    col0 = from - unit.key0;
+    queries = min_of(unit.plan.block, unit.last - row0);
+    // Right operands may hold keys in pairs, so that a tile starts at a whole grain.
+    const int64_t from = max_of(0, row0 - lines.max_step - unit.key0) / unit.plan.grain * unit.plan.grain;
+    const int64_t to = min_of(unit.num_keys, row0 + queries - lines.min_step - unit.key0);
+    col0 = from;
     keys = to - from;
-    cols = round_up(keys, kLanes<T>);
   }
 
-  TORUS_INLINE void bias_rows(int64_t row, int64_t t, StreamRow<T>* streams, T* buffer, int64_t ld_buffer) const {
+  // The softmaxes of the vector of queries from row0 + lane0.
+  TORUS_INLINE Columns<T> columns(int64_t lane0, T* scores, int64_t ld, T scale2, bool backward) const {
     const LinePlan<T>& plan = unit.plan;
+    const Head<P>& head = unit.head;
     const LineFamily& lines = plan.lines;
-    const int64_t at = plan.origin - (row0 + row) + unit.key0 + col0;
-    int64_t from = 0;
-    if (unit.head.first_key != nullptr) {
-      const int64_t oldest = unit.head.oldest_key(t) - unit.line;
-      from = max_of(0, (oldest <= 0 ? 0 : ceil_div(oldest, lines.stride)) - unit.key0 - col0);
+    Columns<T> c;
+    c.scores = scores + lane0;
+    c.ld = ld, c.keys = keys, c.scale2 = scale2;
+    c.count = plan.active.count;
+    const int64_t lanes = min_of(kLanes<T>, queries - lane0);
+    const int64_t step = row0 + lane0 - (unit.key0 + col0);  // from the first row's key to the first lane's query
+    c.hide = false;
+    if (head.first_key != nullptr) {
+      for (int64_t i = 0; i < kLanes<T>; ++i) {
+        const int64_t oldest = head.oldest_key(unit.token(row0 + lane0 + min_of(i, lanes - 1))) - unit.line;
+        const int64_t row = (oldest <= 0 ? 0 : ceil_div(oldest, lines.stride)) - unit.key0 - col0;
+        c.oldest[i] = static_cast<typename Columns<T>::Index>(max_of(0, row));
+        c.hide = c.hide || row > 0;
+      }
     }
-    // Behind the last key of an open line lies the future, which the table hides; of a closed one, padding.
-    const bool hide = from > 0 || (!lines.lattice.causal() && keys < cols);
-    for (int s = 0; s < plan.active.count; ++s) {
-      const T* bias = unit.head.bias[plan.active.index[s]] + at;
-      streams[s].bias = hide ? hide_outside(bias, cols, from, keys, buffer + s * ld_buffer) : bias;
-      streams[s].rho_squared = plan.rho_squared + at;
+    for (int s = 0; s < c.count; ++s) {
+      ColumnStream<T>& stream = c.streams[s];
+      const int index = plan.active.index[s];
+      stream.bias = head.bias[index] + plan.origin + step;
+      stream.rho_squared = plan.rho_squared + plan.origin + step;
+      T weight[kLanes<T>] = {};
+      for (int64_t i = 0; i < lanes; ++i) {
+        const int64_t t = unit.token(row0 + lane0 + i);
+        // Alpha is folded in, so that delta is d_out . O_s, which the gradients of weights and alpha are made of.
+        weight[i] = backward ? head.alpha_at(t) * head.weight(t, index) : head.weight(t, index);
+      }
+      stream.weight = load(weight);
+    }
+    c.shared_count = plan.num_shared;
+    for (int n = 0; n < plan.num_shared; ++n) {
+      const int64_t shared = plan.shared[n];
+      const T rho_squared = plan.rho_squared[plan.origin + shared];
+      c.shared[n] = {step - shared, static_cast<T>(-0.5 * kLog2e) * head.decay[plan.active.index[1]] * rho_squared,
+                     rho_squared};
+    }
+    return c;
+  }
+
+  // Numbers of a vector of queries, one stream: into rows of eight.
+  TORUS_INLINE void scatter(int64_t lane0, int stream, Vec<T> x, T* rows) const {
+    if (rows == nullptr) return;
+    T lanes[kLanes<T>];
+    store(lanes, x);
+    for (int64_t i = 0; i < min_of(kLanes<T>, queries - lane0); ++i)
+      rows[unit.token(row0 + lane0 + i) * kNumStreams + stream] = lanes[i];
+  }
+
+  // What lies beyond the last key and the last query must not matter to products that read whole grains.
+  TORUS_INLINE void clear_padding(T* tile, int64_t ld) const {
+    if constexpr (P::kGrain > 1) {
+      zero(tile + keys * ld, (unit.padded(keys) - keys) * ld);
+      if (queries == ld) return;
+      for (int64_t r = 0; r < keys; ++r) zero(tile + r * ld + queries, ld - queries);
     }
   }
 };
 
-template <class T>
+template <class P>
 struct LineForwardScratch {
+  using T = typename P::Compute;
   int64_t* tokens;
-  T *keys, *values, *tail, *turned_keys, *queries, *scores, *outputs, *exps, *bias;
+  typename P::Element *keys, *values, *queries, *probs;
+  typename P::Unit *stacked_values, *turned_queries;
+  T *scores, *outputs;
   LineForwardScratch(const LinePlan<T>& plan, int64_t padded_dim, Arena& arena) {
     tokens = arena.take<int64_t>(plan.max_keys);
-    for (T** panel : {&keys, &values, &turned_keys}) *panel = arena.take<T>(plan.max_keys * padded_dim);
-    tail = arena.take<T>(kLanes<T> * padded_dim);
-    for (T** panel : {&queries, &outputs}) *panel = arena.take<T>(plan.block * padded_dim);
-    scores = arena.take<T>(plan.block * plan.max_cols);
-    for (T** pair : {&exps, &bias}) *pair = arena.take<T>(kMaxStreamsPerTile * plan.max_cols);
+    for (auto** rows : {&keys, &values}) *rows = arena.take<typename P::Element>(plan.max_keys * padded_dim);
+    stacked_values = arena.take<typename P::Unit>(P::units_of_depth(plan.max_keys) * padded_dim);
+    queries = arena.take<typename P::Element>(plan.block * padded_dim);
+    turned_queries = arena.take<typename P::Unit>(P::units_of_depth(padded_dim) * plan.block);
+    scores = arena.take<T>(plan.max_rows * plan.block);
+    probs = arena.take<typename P::Element>(plan.block * plan.max_rows);
+    outputs = arena.take<T>(plan.block * padded_dim);
   }
 };
 
-template <class T>
-void line_forward(const LinePlan<T>& plan, const Head<T>& head, int64_t index, T scale, Arena arena) {
-  const int64_t dp = head.padded_dim, ld = plan.max_cols;
-  const LineForwardScratch<T> w(plan, dp, arena);
-  const LineUnit<T> unit(plan, head, index, w.tokens);
+template <class P>
+void line_forward(const LinePlan<typename P::Compute>& plan, const Head<P>& head, int64_t index,
+                  typename P::Compute scale, Arena arena) {
+  using T = typename P::Compute;
+  [[maybe_unused]] const typename P::Session session;
+  const int64_t dp = head.padded_dim, ld = plan.block;
+  const LineForwardScratch<P> w(plan, dp, arena);
+  const LineUnit<P> unit(plan, head, index, w.tokens);
   if (unit.first >= unit.last) return;
   const T scale2 = scale * static_cast<T>(kLog2e);
-  unit.turn(unit.rows(head.k, unit.key0, unit.num_keys, w.keys), w.turned_keys, w.tail);
-  const TokenRows<T> values = unit.rows(head.v, unit.key0, unit.num_keys, w.values);
+  const auto keys = unit.rows(head.k, unit.key0, unit.num_keys, w.keys);
+  const auto values = P::stack(unit.rows(head.v, unit.key0, unit.num_keys, w.values), unit.padded(unit.num_keys), dp,
+                               w.stacked_values);
   for (int64_t row0 = unit.first; row0 < unit.last; row0 += plan.block) {
-    const LineTile<T> tile(unit, row0);
-    const TokenRows<T> queries = unit.rows(head.q, row0, tile.rows, w.queries);
-    // S = Q K^T
-    gemm<T>(tile.rows, tile.cols, dp, {queries.data, every(queries.stride), every(1)}, w.turned_keys + tile.col0,
-            unit.key_ld, {w.scores, every(ld), false});
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t t = unit.token(row0 + r);
-      StreamRow<T> streams[kMaxStreamsPerTile];
-      tile.bias_rows(r, t, streams, w.bias, ld);
-      mix_streams(head, plan.active, t, w.scores + r * ld, tile.cols, scale2, streams, w.exps, ld);
+    const LineTile<P> tile(unit, row0);
+    const int64_t rows = unit.padded(tile.keys), lanes = round_up(tile.queries, kLanes<T>);
+    P::turn(unit.rows(head.q, row0, tile.queries, w.queries), tile.queries, dp, w.turned_queries, ld);
+    // S^T = K Q^T
+    P::multiply(rows, unit.padded(lanes), dp, P::left(keys.from(tile.col0)), w.turned_queries, ld, w.scores, ld, false);
+    for (int64_t lane0 = 0; lane0 < lanes; lane0 += kLanes<T>) {
+      Columns<T> columns = tile.columns(lane0, w.scores, ld, scale2, false);
+      softmax_columns(columns, head.lse != nullptr, head.entropy != nullptr);
+      for (int s = 0; s < columns.count; ++s) {
+        tile.scatter(lane0, plan.active.index[s], columns.streams[s].lse, head.lse);
+        tile.scatter(lane0, plan.active.index[s], columns.streams[s].entropy, head.entropy);
+      }
     }
+    tile.clear_padding(w.scores, ld);
     // y += (sum_s g_s P_s) V
-    T* outputs = unit.accumulator(head.y, row0, tile.rows, w.outputs);
-    gemm<T>(tile.rows, dp, tile.keys, {w.scores, every(ld), every(1)}, values.at(tile.col0), values.stride,
-            {outputs, every(dp), true});
-    unit.add_back(head.y, row0, tile.rows, w.outputs);
+    T* outputs = unit.accumulator(head.y, row0, tile.queries, unit.padded(tile.queries), w.outputs);
+    const auto depth = values.from(tile.col0 / P::kPerUnit);
+    P::multiply(unit.padded(tile.queries), dp, rows, P::by_query(w.scores, rows, ld, w.probs), depth.data,
+                depth.stride, outputs, dp, true);
+    unit.add_back(head.y, row0, tile.queries, w.outputs);
   }
 }
 
-template <class T>
+template <class P>
 struct LineBackwardScratch {
+  using T = typename P::Compute;
   int64_t* tokens;
-  T *keys, *values, *tail, *turned_keys, *turned_values, *queries, *d_out, *scores, *d_probs, *d_queries, *d_keys,
-      *d_values, *exps, *bias;
+  typename P::Element *keys, *values, *queries, *d_out, *probs;
+  typename P::Unit *stacked_keys, *stacked_queries, *stacked_d_out, *turned_queries, *turned_d_out;
+  T *scores, *d_probs, *d_queries, *d_keys, *d_values;
   LineBackwardScratch(const LinePlan<T>& plan, int64_t padded_dim, Arena& arena) {
     tokens = arena.take<int64_t>(plan.max_keys);
-    for (T** panel : {&keys, &values, &turned_keys, &turned_values, &d_keys, &d_values})
-      *panel = arena.take<T>(plan.max_keys * padded_dim);
-    tail = arena.take<T>(kLanes<T> * padded_dim);
-    for (T** panel : {&queries, &d_out, &d_queries}) *panel = arena.take<T>(plan.block * padded_dim);
-    for (T** panel : {&scores, &d_probs}) *panel = arena.take<T>(plan.block * plan.max_cols);
-    for (T** pair : {&exps, &bias}) *pair = arena.take<T>(kMaxStreamsPerTile * plan.max_cols);
+    for (auto** rows : {&keys, &values}) *rows = arena.take<typename P::Element>(plan.max_keys * padded_dim);
+    stacked_keys = arena.take<typename P::Unit>(P::units_of_depth(plan.max_keys) * padded_dim);
+    for (T** rows : {&d_keys, &d_values}) *rows = arena.take<T>(plan.max_keys * padded_dim);
+    for (auto** rows : {&queries, &d_out}) *rows = arena.take<typename P::Element>(plan.block * padded_dim);
+    for (auto** rows : {&stacked_queries, &stacked_d_out})
+      *rows = arena.take<typename P::Unit>(P::units_of_depth(plan.block) * padded_dim);
+    for (auto** rows : {&turned_queries, &turned_d_out})
+      *rows = arena.take<typename P::Unit>(P::units_of_depth(padded_dim) * plan.block);
+    for (T** tile : {&scores, &d_probs}) *tile = arena.take<T>(plan.max_rows * plan.block);
+    probs = arena.take<typename P::Element>(plan.block * plan.max_rows);
+    d_queries = arena.take<T>(plan.block * padded_dim);
   }
 };
 
-template <class T>
-void line_backward(const LinePlan<T>& plan, const Head<T>& head, int64_t index, T scale, Arena arena) {
-  const int64_t dp = head.padded_dim, ld = plan.max_cols;
-  const LineBackwardScratch<T> w(plan, dp, arena);
-  const LineUnit<T> unit(plan, head, index, w.tokens);
+template <class P>
+void line_backward(const LinePlan<typename P::Compute>& plan, const Head<P>& head, int64_t index,
+                   typename P::Compute scale, Arena arena) {
+  using T = typename P::Compute;
+  [[maybe_unused]] const typename P::Session session;
+  const int64_t dp = head.padded_dim, ld = plan.block;
+  const LineBackwardScratch<P> w(plan, dp, arena);
+  const LineUnit<P> unit(plan, head, index, w.tokens);
   if (unit.first >= unit.last) return;
   const T scale2 = scale * static_cast<T>(kLog2e);
-  const TokenRows<T> keys = unit.rows(head.k, unit.key0, unit.num_keys, w.keys);
-  unit.turn(keys, w.turned_keys, w.tail);
-  unit.turn(unit.rows(head.v, unit.key0, unit.num_keys, w.values), w.turned_values, w.tail);
-  T* const d_keys = unit.accumulator(head.d_k, unit.key0, unit.num_keys, w.d_keys);
-  T* const d_values = unit.accumulator(head.d_v, unit.key0, unit.num_keys, w.d_values);
+  const int64_t all_keys = unit.padded(unit.num_keys);
+  const auto keys = unit.rows(head.k, unit.key0, unit.num_keys, w.keys);
+  const auto values = unit.rows(head.v, unit.key0, unit.num_keys, w.values);
+  const auto stacked_keys = P::stack(keys, all_keys, dp, w.stacked_keys);
+  T* const d_keys = unit.accumulator(head.d_k, unit.key0, unit.num_keys, all_keys, w.d_keys);
+  T* const d_values = unit.accumulator(head.d_v, unit.key0, unit.num_keys, all_keys, w.d_values);
   for (int64_t row0 = unit.first; row0 < unit.last; row0 += plan.block) {
-    const LineTile<T> tile(unit, row0);
-    const TokenRows<T> queries = unit.rows(head.q, row0, tile.rows, w.queries);
-    const TokenRows<T> d_out = unit.rows(head.d_out, row0, tile.rows, w.d_out);
-    // S = Q K^T, dP = dO V^T
-    gemm<T>(tile.rows, tile.cols, dp, {queries.data, every(queries.stride), every(1)}, w.turned_keys + tile.col0,
-            unit.key_ld, {w.scores, every(ld), false});
-    gemm<T>(tile.rows, tile.cols, dp, {d_out.data, every(d_out.stride), every(1)}, w.turned_values + tile.col0,
-            unit.key_ld, {w.d_probs, every(ld), false});
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t t = unit.token(row0 + r);
-      StreamRow<T> streams[kMaxStreamsPerTile];
-      tile.bias_rows(r, t, streams, w.bias, ld);
-      mix_streams_backward(head, plan.active, t, w.scores + r * ld, w.d_probs + r * ld, tile.cols, scale, scale2,
-                           streams, w.exps, ld);
+    const LineTile<P> tile(unit, row0);
+    const int64_t rows = unit.padded(tile.keys), lanes = round_up(tile.queries, kLanes<T>);
+    const int64_t cols = unit.padded(lanes), depth = unit.padded(tile.queries);
+    const auto queries = unit.rows(head.q, row0, tile.queries, w.queries);
+    const auto d_out = unit.rows(head.d_out, row0, tile.queries, w.d_out);
+    P::turn(queries, tile.queries, dp, w.turned_queries, ld);
+    P::turn(d_out, tile.queries, dp, w.turned_d_out, ld);
+    // S^T = K Q^T, dP^T = V dO^T
+    P::multiply(rows, cols, dp, P::left(keys.from(tile.col0)), w.turned_queries, ld, w.scores, ld, false);
+    P::multiply(rows, cols, dp, P::left(values.from(tile.col0)), w.turned_d_out, ld, w.d_probs, ld, false);
+    for (int64_t lane0 = 0; lane0 < lanes; lane0 += kLanes<T>) {
+      Columns<T> columns = tile.columns(lane0, w.scores, ld, scale2, true);
+      softmax_columns_backward(columns, w.d_probs + lane0, scale);
+      for (int s = 0; s < columns.count; ++s) {
+        tile.scatter(lane0, plan.active.index[s], columns.streams[s].delta, head.delta);
+        tile.scatter(lane0, plan.active.index[s], columns.streams[s].d_decay, head.d_decay);
+      }
     }
+    tile.clear_padding(w.scores, ld);
+    tile.clear_padding(w.d_probs, ld);
     // dV += P^T dO, dK += dS^T Q, dQ += dS K
-    gemm<T>(tile.keys, dp, tile.rows, {w.scores, every(1), every(ld)}, d_out.data, d_out.stride,
-            {d_values + tile.col0 * dp, every(dp), true});
-    gemm<T>(tile.keys, dp, tile.rows, {w.d_probs, every(1), every(ld)}, queries.data, queries.stride,
-            {d_keys + tile.col0 * dp, every(dp), true});
-    T* d_queries = unit.accumulator(head.d_q, row0, tile.rows, w.d_queries);
-    gemm<T>(tile.rows, dp, tile.keys, {w.d_probs, every(ld), every(1)}, keys.at(tile.col0), keys.stride,
-            {d_queries, every(dp), true});
-    unit.add_back(head.d_q, row0, tile.rows, w.d_queries);
+    const auto d_out_rows = P::stack(d_out, depth, dp, w.stacked_d_out);
+    P::multiply(rows, dp, depth, P::by_key(w.scores, rows, ld, w.probs), d_out_rows.data, d_out_rows.stride,
+                d_values + tile.col0 * dp, dp, true);
+    const auto query_rows = P::stack(queries, depth, dp, w.stacked_queries);
+    P::multiply(rows, dp, depth, P::by_key(w.d_probs, rows, ld, w.probs), query_rows.data, query_rows.stride,
+                d_keys + tile.col0 * dp, dp, true);
+    T* d_queries = unit.accumulator(head.d_q, row0, tile.queries, depth, w.d_queries);
+    const auto key_rows = stacked_keys.from(tile.col0 / P::kPerUnit);
+    P::multiply(depth, dp, rows, P::by_query(w.d_probs, rows, ld, w.probs), key_rows.data, key_rows.stride, d_queries,
+                dp, true);
+    unit.add_back(head.d_q, row0, tile.queries, w.d_queries);
   }
   unit.add_back(head.d_k, unit.key0, unit.num_keys, w.d_keys);
   unit.add_back(head.d_v, unit.key0, unit.num_keys, w.d_values);

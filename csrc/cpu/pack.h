@@ -123,6 +123,11 @@ void store_row(const T* row, void* target, int64_t head_dim) {
   std::memcpy(to + d, rest, static_cast<size_t>(head_dim - d) * sizeof(Source));
 }
 
+template <class T>
+void copy_numbers(const void* source, T* row, int64_t head_dim) {
+  std::memcpy(row, source, static_cast<size_t>(head_dim) * sizeof(T));
+}
+
 // The rows of one (batch, head) of a tensor of tokens, in memory.
 template <class T>
 struct Rows {
@@ -138,18 +143,29 @@ struct Rows {
   }
   TORUS_INLINE void write(int64_t token, const T* row) const { save(row, data + token * stride, head_dim); }
   TORUS_INLINE void zero_padding(T* row) const {
-    for (int64_t d = head_dim; d < padded_dim; ++d) row[d] = 0;
+    for (int64_t d = head_dim; d < padded_dim; ++d) row[d] = T{};
   }
 };
 
 template <class T>
-TORUS_INLINE Rows<T> rows_of(const Tokens& tokens, DType dtype, int64_t batch, int64_t head, int64_t head_dim) {
+constexpr DType dtype_of() {
+  return __is_same(T, double) ? DType::kFloat64
+         : __is_same(T, float) ? DType::kFloat32
+         : __is_same(T, Half)  ? DType::kFloat16
+                               : DType::kBFloat16;
+}
+
+template <class T>
+TORUS_INLINE Rows<T> rows_of(const Tokens& tokens, DType dtype, int64_t batch, int64_t head, int64_t head_dim,
+                             int64_t padded_dim) {
   Rows<T> rows{};
   rows.head_dim = head_dim;
-  rows.padded_dim = round_up(head_dim, kLanes<T>);
+  rows.padded_dim = padded_dim;
   int64_t bytes;
   if constexpr (sizeof(T) == 8) {
     bytes = 8, rows.load = load_row<double, T>, rows.save = store_row<double, T>;
+  } else if constexpr (sizeof(T) == 2) {
+    bytes = 2, rows.load = copy_numbers<T>;
   } else {
     switch (dtype) {
       case DType::kFloat16: bytes = 2, rows.load = load_row<Half, T>, rows.save = store_row<Half, T>; break;
@@ -162,6 +178,11 @@ TORUS_INLINE Rows<T> rows_of(const Tokens& tokens, DType dtype, int64_t batch, i
   return rows;
 }
 
+template <class T>
+TORUS_INLINE Rows<T> rows_of(const Tokens& tokens, DType dtype, int64_t batch, int64_t head, int64_t head_dim) {
+  return rows_of<T>(tokens, dtype, batch, head, head_dim, round_up(head_dim, kLanes<T>));
+}
+
 // src [n, width] -> dst [width, ldd]; n and width are multiples of a vector.
 template <class T>
 void transpose(const T* src, int64_t n, int64_t width, int64_t lds, T* dst, int64_t ldd) {
@@ -169,25 +190,28 @@ void transpose(const T* src, int64_t n, int64_t width, int64_t lds, T* dst, int6
     for (int64_t d = 0; d < width; d += kLanes<T>) transpose_block(src + i * lds + d, lds, dst + d * ldd + i, ldd);
 }
 
-// Rows of tokens in the compute type, padded to whole vectors: what the kernels read.
-template <class T>
+// Rows of tokens as the kernels read them: padded to whole vectors.
+template <class E>
 struct TokenRows {
-  const T* data;
+  const E* data;
   int64_t stride;
-  TORUS_INLINE const T* at(int64_t token) const { return data + token * stride; }
+  TORUS_INLINE const E* at(int64_t token) const { return data + token * stride; }
+  TORUS_INLINE TokenRows from(int64_t token) const { return {at(token), stride}; }
 };
 
 // Rows of a line lie far apart, where no hardware prefetcher finds them.
 constexpr int64_t kPrefetchRows = 8;
 
-template <class T>
-TORUS_INLINE void prefetch_row(const T* row, int64_t padded_dim) {
-  for (int64_t d = 0; d < padded_dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
+template <class E>
+TORUS_INLINE void prefetch_row(const E* row, int64_t padded_dim) {
+  for (int64_t d = 0; d < padded_dim; d += 64 / static_cast<int64_t>(sizeof(E))) __builtin_prefetch(row + d);
 }
 
-template <class T>
-TORUS_INLINE void copy_row(const T* from, T* to, int64_t padded_dim) {
-  for (int64_t d = 0; d < padded_dim; d += kLanes<T>) store(to + d, load(from + d));
+template <class E>
+TORUS_INLINE void copy_row(const E* from, E* to, int64_t padded_dim) {
+  typedef char Bytes __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
+  for (int64_t d = 0; d < padded_dim; d += kVectorBytes / static_cast<int64_t>(sizeof(E)))
+    *reinterpret_cast<Bytes*>(to + d) = *reinterpret_cast<const Bytes*>(from + d);
 }
 
 template <class T>

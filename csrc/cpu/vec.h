@@ -143,6 +143,33 @@ TORUS_INLINE Vec<T, LANES> exp2(Vec<T, LANES> x) {
   return underflow ? zero : p * reinterpret_cast<Vec<T, LANES>>(exponent);
 }
 
+// log2(x) of positive x, to an ulp or two of float (coefficients of Cephes' logf); lane by lane in double. Infinity and
+// NaN stay what they are.
+TORUS_INLINE Vec<double> log2_of(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log2(x[i]);
+  return x;
+}
+TORUS_INLINE Vec<float> log2_of(Vec<float> x) {
+  using V = Vec<float>;
+  using Bits = typename VectorOf<int32_t, kLanes<float>>::type;
+  constexpr int32_t sqrt_half = 0x3f3504f3;
+  constexpr float coefficients[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
+                                    -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
+                                    2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
+  // x = 2^e m with m in [sqrt(1/2), sqrt(2)).
+  const Bits bits = reinterpret_cast<Bits>(x) - sqrt_half;
+  const V exponent = __builtin_convertvector(bits >> 23, V);
+  const V f = reinterpret_cast<V>((bits & 0x7fffff) + sqrt_half) - 1.0f;
+  V p = V{} + coefficients[0];
+#pragma GCC unroll 8
+  for (int i = 1; i < 9; ++i) p = p * f + coefficients[i];
+  // ln(m) = f - f^2/2 + f^3 p; what log2(e) has beyond 1 is added apart, to keep the digits of f.
+  constexpr float log2e_less_1 = 0.44269504088896340736f;
+  const V rest = f * f * (f * p - 0.5f);
+  const V log2_m = f * log2e_less_1 + (rest * log2e_less_1 + rest) + f;
+  return x < __builtin_inff() ? log2_m + exponent : x;
+}
+
 // Two vectors interleaved: the low halves, or the high halves.
 template <class V, int LANES, bool HIGH, int... I>
 TORUS_INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {

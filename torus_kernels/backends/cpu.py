@@ -40,6 +40,10 @@ LIBRARY.define("cpu_rope(Tensor x, int[] lattice, int offset, bool inverse, Tens
 LIBRARY.define("cpu_instruction_set() -> int")
 
 
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "amx")
+"""What the kernels are compiled for, each a superset of the one before; the variable TORUS_CPU_ISA forces one."""
+
+
 @functools.cache
 def unavailable() -> str | None:
     """Builds the library if that has not been done, loads it, and keeps the reason where either fails."""
@@ -59,8 +63,8 @@ def can_run(problem: Problem) -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set of the kernels in use: ``baseline``, ``avx2`` or ``avx512``."""
-    return ("baseline", "avx2", "avx512")[torch.ops.torus_kernels.cpu_instruction_set()]
+    """The instruction set of the kernels in use, one of `INSTRUCTION_SETS`."""
+    return INSTRUCTION_SETS[torch.ops.torus_kernels.cpu_instruction_set()]
 
 
 def _rows(x: Tensor | None) -> Tensor | None:

@@ -1,0 +1,428 @@
+// Cross flows on matrix tiles, in bfloat16: sixteen neighbouring queries of two lattice rows against rows of keys.
+//
+// A query sees a run of columns in every row of its window. The runs of sixteen neighbours fill less than two tiles,
+// whose other scores are never looked at; their probabilities stay zero. Rows of keys are padded with the columns that
+// lie across the seam, and kept as operands only as long as queries see them.
+#pragma once
+
+#include "band_softmax.h"
+#include "cross.h"
+#include "tile_products.h"
+
+namespace torus::TORUS_ISA {
+
+constexpr int64_t kTileLatticeRows = 2;
+constexpr int64_t kTileQueries = kTileLatticeRows * kTile;
+
+struct TileCrossPlan : CrossGrid {
+  int64_t left;        // column x of a padded row of keys holds lattice column x - left
+  int64_t width;       // columns of keys that a tile of queries sees
+  int64_t key_ld;      // columns of a padded row
+  int64_t mixed_ld;    // columns of a query's mixed probabilities; the first is that of b = window.b_hi
+  int64_t probs_ld;    // of a tile of them
+  int64_t table_size;  // of a stream's biases
+  BandStream<float> bands[kMaxStreamsPerTile];        // of the active streams, as these:
+  int64_t a_first[kMaxStreamsPerTile], b_first[kMaxStreamsPerTile];  // displacements of the first run's first key
+  const float* rho_squared[kMaxStreamsPerTile];
+
+  TORUS_INLINE int64_t window_rows() const { return window.a_hi - window.a_lo + 1; }
+  TORUS_INLINE int64_t max_tile_rows() const { return window_rows() + kTileLatticeRows - 1; }
+  // Numbers of a tile of scores. The last run is read in whole vectors; what they find behind it must be finite.
+  TORUS_INLINE int64_t scores() const { return max_tile_rows() * kTileQueries * width + kTile; }
+  TORUS_INLINE int64_t probs() const { return max_tile_rows() * kTileQueries * probs_ld; }
+  // The token of a lattice column of a row, or -1 where there is none.
+  TORUS_INLINE int64_t token(int64_t row, int64_t col) const {
+    const Lattice& lattice = window.lattice;
+    if (lattice.causal()) {
+      const int64_t t = row * lattice.n_minor + col;
+      return t >= 0 && t < seq_len ? t : -1;
+    }
+    row = wrap_row(row);
+    return row < 0 || row >= num_rows ? -1 : row * lattice.n_minor + wrap_once(col, lattice.n_minor);
+  }
+  TORUS_INLINE int64_t key_columns() const { return num_cols + left - window.b_lo; }
+  TORUS_INLINE int64_t key_token(int64_t row, int64_t x) const { return x < key_columns() ? token(row, x - left) : -1; }
+};
+
+TORUS_INLINE TileCrossPlan plan_tile_cross(const Lattice& lattice, int64_t seq_len) {
+  TileCrossPlan plan{};
+  static_cast<CrossGrid&>(plan) = plan_cross_grid(lattice, seq_len);
+  if (plan.active.count == 0) return plan;
+  const CrossWindow& window = plan.window;
+  // First the stream of the fewer rows: its runs are the longer ones and hold the other's columns.
+  int* const stream = plan.active.index;
+  if (plan.active.count == 2 && window.radius_u(stream[0]) > window.radius_u(stream[1])) {
+    const int first = stream[0];
+    stream[0] = stream[1], stream[1] = first;
+  }
+  plan.left = round_up(window.b_hi, TileProducts::kPerUnit);
+  plan.width = round_up(kTile + plan.left - window.b_lo, TileProducts::kGrain);
+  plan.key_ld = round_up(plan.num_cols, kTile) - kTile + plan.width;
+  plan.probs_ld = plan.width + 2 * kTile;  // rows of mixed probabilities reach beyond what a query sees
+  for (int s = 0; s < plan.active.count; ++s) {
+    const int64_t radius_u = window.radius_u(stream[s]), radius_v = window.radius_v(stream[s]);
+    const int64_t a_hi = min_of(window.a_hi, radius_u), b_hi = min_of(window.b_hi, radius_v);
+    BandStream<float>& band = plan.bands[s];
+    band.rows = a_hi - max_of(window.a_lo, -radius_u) + 1;
+    band.length = b_hi - max_of(window.b_lo, -radius_v) + 1;
+    band.score = (window.a_hi - a_hi) * kTileQueries * plan.width + plan.left - b_hi;
+    plan.a_first[s] = a_hi, plan.b_first[s] = b_hi;
+    plan.mixed_ld = max_of(plan.mixed_ld, window.b_hi - b_hi + round_up(band.length, kTile));
+    if (s == 1) {
+      band.add_from = a_hi - plan.a_first[0];
+      band.add_to = band.add_from + plan.bands[0].rows;
+    }
+    band.count_vectors();
+    plan.table_size = max_of(plan.table_size, band.vectors * kLanes<float>);
+  }
+  plan.mixed_ld = round_up(plan.mixed_ld, kTile);
+  for (int s = 0; s < plan.active.count; ++s)
+    plan.bands[s].mixed = (window.a_hi - plan.a_first[s]) * plan.mixed_ld + window.b_hi - plan.b_first[s];
+  return plan;
+}
+
+// Of the plan's stream number `s`, as the next.
+inline void fill_rho_squared(const TileCrossPlan& plan, int s, float* table) {
+  plan.bands[s].for_each_place([&](int64_t place, int64_t row, int64_t column) {
+    table[place] = row < 0 ? 0.0f
+                           : static_cast<float>(plan.window.rho_squared(plan.active.index[s], plan.a_first[s] - row,
+                                                                        plan.b_first[s] - column));
+  });
+}
+inline void fill_bias(const TileCrossPlan& plan, int s, float decay, float* table) {
+  const float factor = static_cast<float>(-0.5 * kLog2e) * decay;
+  plan.bands[s].for_each_place([&](int64_t place, int64_t row, int64_t column) {
+    const bool here = row >= 0 && plan.window.visible(plan.active.index[s], plan.a_first[s] - row,
+                                                      plan.b_first[s] - column);
+    table[place] = here ? factor * plan.rho_squared[s][place] : kNegativeInfinity<float>;
+  });
+}
+
+// What forward and backward share of one unit's scratch: rows of keys as operands, in a ring, and a tile of queries.
+struct TileCrossScratch {
+  BFloat16 *rows, *queries, *probs;
+  float *scores, *mixed, *exps, *bias;
+
+  TileCrossScratch(const TileCrossPlan& plan, int64_t padded_dim, Arena& arena) {
+    rows = arena.take<BFloat16>(plan.key_ld * padded_dim);
+    queries = arena.take<BFloat16>(kTileQueries * padded_dim);
+    probs = arena.take<BFloat16>(plan.probs());
+    scores = arena.take<float>(plan.scores());
+    mixed = arena.take<float>(plan.window_rows() * plan.mixed_ld);
+    exps = arena.take<float>(plan.table_size);
+    bias = arena.take<float>(kMaxStreamsPerTile * plan.table_size);
+  }
+};
+
+// One unit of work: rows [first, last) of queries. Rows of keys live in a ring as long as a tile sees them.
+struct TileCrossUnit {
+  const TileCrossPlan& plan;
+  const Head<TileProducts>& head;
+  int64_t first, last;
+  int64_t key_row0, padded_dim;
+  int64_t panel;  // units in one row of keys as an operand
+
+  TORUS_INLINE TileCrossUnit(const TileCrossPlan& plan, const Head<TileProducts>& head, int64_t unit)
+      : plan(plan), head(head), first(plan.first_row(unit)), last(plan.first_row(unit + 1)),
+        key_row0(first - plan.window.a_hi), padded_dim(head.padded_dim), panel(plan.key_ld / 2 * padded_dim) {}
+
+  TORUS_INLINE int64_t slot(int64_t key_row) const { return (key_row - key_row0) % plan.max_tile_rows(); }
+
+  // A padded row of tokens [key_ld, Dp], zeros where there is none.
+  TORUS_INLINE TokenRows<BFloat16> gather(const TokenRows<BFloat16>& tokens, int64_t row, BFloat16* rows) const {
+    for (int64_t x = 0; x < plan.key_ld; ++x) {
+      const int64_t token = plan.key_token(row, x);
+      if (token < 0) {
+        zero(rows + x * padded_dim, padded_dim);
+      } else {
+        copy_row(tokens.at(token), rows + x * padded_dim, padded_dim);
+      }
+    }
+    return {rows, padded_dim};
+  }
+  TORUS_INLINE void turn(const TokenRows<BFloat16>& rows, int64_t row, float* panels) const {
+    TileProducts::turn(rows, plan.key_ld, padded_dim, panels + slot(row) * panel, plan.key_ld);
+  }
+  TORUS_INLINE void stack(const TokenRows<BFloat16>& rows, int64_t row, float* panels) const {
+    TileProducts::stack(rows, plan.key_ld, padded_dim, panels + slot(row) * panel);
+  }
+};
+
+// Sixteen columns of queries and up to two rows: query (row0 + j, col0 + i) is row 16 j + i of the tile.
+struct CrossQueryTile {
+  const TileCrossUnit& unit;
+  int64_t row0, num_rows, col0;
+
+  TORUS_INLINE int64_t first_key_row() const { return row0 - unit.plan.window.a_hi; }
+  TORUS_INLINE int64_t key_rows() const { return unit.plan.window_rows() + num_rows - 1; }
+  TORUS_INLINE int64_t query_token(int64_t query) const {
+    const int64_t col = col0 + query % kTile;
+    return query / kTile < num_rows && col < unit.plan.num_cols ? unit.plan.token(row0 + query / kTile, col) : -1;
+  }
+
+  TORUS_INLINE TokenRows<BFloat16> gather(const TokenRows<BFloat16>& tokens, BFloat16* into) const {
+    for (int64_t query = 0; query < kTileQueries; ++query) {
+      const int64_t t = query_token(query);
+      if (t < 0) {
+        zero(into + query * unit.padded_dim, unit.padded_dim);
+      } else {
+        copy_row(tokens.at(t), into + query * unit.padded_dim, unit.padded_dim);
+      }
+    }
+    return {into, unit.padded_dim};
+  }
+  TORUS_INLINE void scatter_add(float* tokens, const float* rows) const {
+    for (int64_t query = 0; query < kTileQueries; ++query) {
+      const int64_t t = query_token(query);
+      if (t >= 0) add_row(tokens + t * unit.padded_dim, rows + query * unit.padded_dim, unit.padded_dim);
+    }
+  }
+
+  TORUS_INLINE int64_t score_row() const { return kTileQueries * unit.plan.width; }
+  TORUS_INLINE int64_t probs_row() const { return kTileQueries * unit.plan.probs_ld; }
+  // Where the first row of a query's window begins in a tile of scores.
+  TORUS_INLINE int64_t score_offset(int64_t query) const {
+    return query / kTile * score_row() + query * unit.plan.width + query % kTile;
+  }
+
+  // scores [key rows, queries, width] = queries * turned keys
+  TORUS_INLINE void multiply_turned(const TokenRows<BFloat16>& queries, const float* panels, float* scores) const {
+    for (int64_t r = 0; r < key_rows(); ++r)
+      TileProducts::multiply(kTileQueries, unit.plan.width, unit.padded_dim, TileProducts::left(queries),
+                             panels + unit.slot(first_key_row() + r) * unit.panel + col0, unit.plan.key_ld,
+                             scores + r * score_row(), unit.plan.width, false);
+  }
+  // outputs [queries, Dp] = probs * stacked rows
+  TORUS_INLINE void multiply_stacked(const BFloat16* probs, const float* panels, float* outputs) const {
+    const int64_t dp = unit.padded_dim;
+    TileProducts::multiply_sum(
+        kTileQueries, dp, unit.plan.width, key_rows(), {probs, unit.plan.probs_ld}, probs_row(),
+        [&](int64_t r) { return panels + unit.slot(first_key_row() + r) * unit.panel + col0 / 2 * dp; }, dp, outputs,
+        dp, false);
+  }
+  // sums [padded row of keys, Dp] += probs^T * rows of queries
+  TORUS_INLINE void multiply_transposed(const BFloat16* probs, const TokenRows<float>& queries, BFloat16* turned,
+                                        float* sums) const {
+    const int64_t dp = unit.padded_dim;
+    for (int64_t r = 0; r < key_rows(); ++r)
+      TileProducts::multiply(unit.plan.width, dp, kTileQueries, turn_probs(probs + r * probs_row(), turned),
+                             queries.data, queries.stride,
+                             sums + (unit.slot(first_key_row() + r) * unit.plan.key_ld + col0) * dp, dp, true);
+  }
+  // [queries, width] -> [width, queries]
+  TORUS_INLINE TileProducts::Left turn_probs(const BFloat16* probs, BFloat16* turned) const {
+    const TokenRows<float> pairs =
+        TileProducts::stack({probs, unit.plan.probs_ld}, kTileQueries, unit.plan.width, unit_buffer);
+    for (int64_t x = 0; x < unit.plan.width; x += kTile)
+      transpose_block(pairs.data + x, pairs.stride, reinterpret_cast<float*>(turned + x * kTileQueries),
+                      kTileQueries / 2);
+    return {turned, kTileQueries};
+  }
+  float* unit_buffer = nullptr;  // [queries / 2, width], backward only
+
+  // Biases of one query, with the keys that do not exist hidden.
+  TORUS_INLINE void bias_rows(int64_t query, int64_t t, StreamRow<float>* streams, float* buffer) const {
+    const TileCrossPlan& plan = unit.plan;
+    const CrossWindow& window = plan.window;
+    const bool causal = window.lattice.causal();
+    const int64_t m = window.lattice.n_minor, row = row0 + query / kTile;
+    const int64_t limit = causal ? t - unit.head.oldest_key(t) : 0;  // the largest lag
+    const bool hide = causal ? window.a_hi * m + window.b_hi > limit
+                             : window.lattice.topology == kCylinder &&
+                                   (row < window.a_hi || row - window.a_lo >= plan.num_rows);
+    for (int s = 0; s < plan.active.count; ++s) {
+      streams[s].bias = unit.head.bias[plan.active.index[s]];
+      if (!hide) continue;
+      const BandStream<float>& band = plan.bands[s];
+      float* hidden = buffer + s * plan.table_size;
+      std::memcpy(hidden, streams[s].bias, static_cast<size_t>(band.vectors * kLanes<float>) * sizeof(float));
+      const int64_t run = band.paired() ? kHalfLanes<float> : band.vectors_per_row() * kLanes<float>;
+      for (int64_t r = 0; r < band.rows; ++r) {
+        const int64_t a = plan.a_first[s] - r;
+        const bool exists = causal || (row - a >= 0 && row - a < plan.num_rows);
+        const int64_t older = !exists ? band.length : causal ? a * m + plan.b_first[s] - limit : 0;
+        for (int64_t i = 0; i < min_of(older, band.length); ++i) hidden[r * run + i] = kNegativeInfinity<float>;
+      }
+      streams[s].bias = hidden;
+    }
+  }
+
+  // A query's mixed probabilities, rounded, to where its runs lie among the tile's.
+  TORUS_INLINE void place(int64_t query, const float* mixed, BFloat16* probs) const {
+    const TileCrossPlan& plan = unit.plan;
+    BFloat16* to = probs + query / kTile * probs_row() + query * plan.probs_ld + query % kTile + plan.left -
+                   plan.window.b_hi;
+    for (int64_t r = 0; r < plan.window_rows(); ++r, to += probs_row())
+      for (int64_t x = 0; x < plan.mixed_ld; x += kTile)
+        _mm256_storeu_si256(
+            reinterpret_cast<__m256i*>(to + x),
+            reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(mixed + r * plan.mixed_ld + x))));
+  }
+  TORUS_INLINE void clear(int64_t query, BFloat16* probs) const {
+    for (int64_t r = 0; r < unit.plan.max_tile_rows(); ++r)
+      zero(probs + r * probs_row() + query * unit.plan.probs_ld, unit.plan.probs_ld);
+  }
+};
+
+template <class F>
+TORUS_INLINE void with_run_shape(const BandStream<float>& band, F call) {
+  if (band.paired()) return call(std::true_type{});
+  call(std::false_type{});
+}
+
+struct TileCrossForwardScratch : TileCrossScratch {
+  float *turned_keys, *stacked_values, *outputs;
+  TileCrossForwardScratch(const TileCrossPlan& plan, int64_t padded_dim, Arena& arena)
+      : TileCrossScratch(plan, padded_dim, arena) {
+    const int64_t panels = plan.max_tile_rows() * (plan.key_ld / 2 * padded_dim);
+    for (float** panel : {&turned_keys, &stacked_values}) *panel = arena.take<float>(panels);
+    outputs = arena.take<float>(kTileQueries * padded_dim);
+  }
+};
+
+inline void cross_forward(const TileCrossPlan& plan, const Head<TileProducts>& head, int64_t index, float scale,
+                          Arena arena) {
+  const TileProducts::Session session;
+  const TileCrossUnit unit(plan, head, index);
+  const int64_t dp = unit.padded_dim;
+  const TileCrossForwardScratch w(plan, dp, arena);
+  const float scale2 = scale * static_cast<float>(kLog2e);
+  zero(w.probs, plan.probs());
+  zero(w.scores, plan.scores());
+  zero(w.mixed, plan.window_rows() * plan.mixed_ld);
+  int64_t next_key_row = unit.key_row0;
+  for (int64_t row0 = unit.first; row0 < unit.last; row0 += kTileLatticeRows) {
+    const int64_t num_rows = min_of(kTileLatticeRows, unit.last - row0);
+    for (; next_key_row < row0 + num_rows - plan.window.a_lo; ++next_key_row) {
+      unit.turn(unit.gather(head.k, next_key_row, w.rows), next_key_row, w.turned_keys);
+      unit.stack(unit.gather(head.v, next_key_row, w.rows), next_key_row, w.stacked_values);
+    }
+    for (int64_t col0 = 0; col0 < plan.num_cols; col0 += kTile) {
+      const CrossQueryTile tile{unit, row0, num_rows, col0};
+      tile.multiply_turned(tile.gather(head.q, w.queries), w.turned_keys, w.scores);
+      for (int64_t query = 0; query < kTileQueries; ++query) {
+        const int64_t t = tile.query_token(query);
+        if (t < 0) {
+          tile.clear(query, w.probs);
+          continue;
+        }
+        StreamRow<float> streams[kMaxStreamsPerTile];
+        tile.bias_rows(query, t, streams, w.bias);
+        const BandQuery<float> at{w.scores + tile.score_offset(query), nullptr, tile.score_row(), w.mixed, nullptr,
+                                  plan.mixed_ld, w.exps};
+        for (int s = 0; s < plan.active.count; ++s) {
+          streams[s].weight = head.weight(t, plan.active.index[s]);
+          with_run_shape(plan.bands[s], [&](auto paired) {
+            band_softmax_forward<float, paired()>(plan.bands[s], at, scale2, streams[s], head.lse != nullptr,
+                                                  head.entropy != nullptr);
+          });
+          head.keep_statistics(t, plan.active.index[s], streams[s]);
+        }
+        tile.place(query, w.mixed, w.probs);
+      }
+      tile.multiply_stacked(w.probs, w.stacked_values, w.outputs);
+      tile.scatter_add(head.y, w.outputs);
+    }
+  }
+}
+
+struct TileCrossBackwardScratch : TileCrossScratch {
+  BFloat16 *d_out, *d_scores, *turned;
+  float *turned_keys, *turned_values, *stacked_keys, *d_probs, *d_mixed, *d_queries;
+  float *stacked_queries, *stacked_d_out, *pairs, *d_keys, *d_values;
+  TileCrossBackwardScratch(const TileCrossPlan& plan, int64_t padded_dim, Arena& arena)
+      : TileCrossScratch(plan, padded_dim, arena) {
+    const int64_t panel = plan.key_ld / 2 * padded_dim, rows = plan.max_tile_rows();
+    d_out = arena.take<BFloat16>(kTileQueries * padded_dim);
+    d_scores = arena.take<BFloat16>(plan.probs());
+    turned = arena.take<BFloat16>(kTileQueries * plan.width);
+    for (float** panels : {&turned_keys, &turned_values, &stacked_keys}) *panels = arena.take<float>(rows * panel);
+    d_probs = arena.take<float>(plan.scores());
+    d_mixed = arena.take<float>(plan.window_rows() * plan.mixed_ld);
+    d_queries = arena.take<float>(kTileQueries * padded_dim);
+    for (float** stacked : {&stacked_queries, &stacked_d_out})
+      *stacked = arena.take<float>(kTileQueries / 2 * padded_dim);
+    pairs = arena.take<float>(kTileQueries / 2 * plan.width);
+    for (float** sums : {&d_keys, &d_values}) *sums = arena.take<float>(rows * plan.key_ld * padded_dim);
+  }
+};
+
+inline void cross_backward(const TileCrossPlan& plan, const Head<TileProducts>& head, int64_t index, float scale,
+                           Arena arena) {
+  const TileProducts::Session session;
+  const TileCrossUnit unit(plan, head, index);
+  const int64_t dp = unit.padded_dim, sums_of_row = plan.key_ld * dp;
+  const TileCrossBackwardScratch w(plan, dp, arena);
+  const float scale2 = scale * static_cast<float>(kLog2e);
+  for (BFloat16* probs : {w.probs, w.d_scores}) zero(probs, plan.probs());
+  for (float* scores : {w.scores, w.d_probs}) zero(scores, plan.scores());
+  for (float* mixed : {w.mixed, w.d_mixed}) zero(mixed, plan.window_rows() * plan.mixed_ld);
+  int64_t next_key_row = unit.key_row0, oldest_key_row = unit.key_row0;
+  // Sums of the keys that no later query sees go to the head's.
+  const auto retire = [&](int64_t before) {
+    for (; oldest_key_row < before; ++oldest_key_row)
+      for (int64_t x = 0; x < plan.key_columns(); ++x) {
+        const int64_t token = plan.key_token(oldest_key_row, x);
+        if (token < 0) continue;
+        const int64_t at = unit.slot(oldest_key_row) * sums_of_row + x * dp;
+        add_row(head.d_k + token * dp, w.d_keys + at, dp);
+        add_row(head.d_v + token * dp, w.d_values + at, dp);
+      }
+  };
+  for (int64_t row0 = unit.first; row0 < unit.last; row0 += kTileLatticeRows) {
+    const int64_t num_rows = min_of(kTileLatticeRows, unit.last - row0);
+    retire(row0 - plan.window.a_hi);
+    for (; next_key_row < row0 + num_rows - plan.window.a_lo; ++next_key_row) {
+      const TokenRows<BFloat16> keys = unit.gather(head.k, next_key_row, w.rows);
+      unit.turn(keys, next_key_row, w.turned_keys);
+      unit.stack(keys, next_key_row, w.stacked_keys);
+      unit.turn(unit.gather(head.v, next_key_row, w.rows), next_key_row, w.turned_values);
+      for (float* sums : {w.d_keys, w.d_values}) zero(sums + unit.slot(next_key_row) * sums_of_row, sums_of_row);
+    }
+    for (int64_t col0 = 0; col0 < plan.num_cols; col0 += kTile) {
+      const CrossQueryTile tile{unit, row0, num_rows, col0, w.pairs};
+      const TokenRows<BFloat16> queries = tile.gather(head.q, w.queries), d_out = tile.gather(head.d_out, w.d_out);
+      tile.multiply_turned(queries, w.turned_keys, w.scores);
+      tile.multiply_turned(d_out, w.turned_values, w.d_probs);
+      for (int64_t query = 0; query < kTileQueries; ++query) {
+        const int64_t t = tile.query_token(query);
+        if (t < 0) {
+          tile.clear(query, w.probs);
+          tile.clear(query, w.d_scores);
+          continue;
+        }
+        StreamRow<float> streams[kMaxStreamsPerTile];
+        tile.bias_rows(query, t, streams, w.bias);
+        const int64_t offset = tile.score_offset(query);
+        const BandQuery<float> at{w.scores + offset, w.d_probs + offset, tile.score_row(), w.mixed, w.d_mixed,
+                                  plan.mixed_ld, w.exps};
+        for (int s = 0; s < plan.active.count; ++s) {
+          streams[s].weight = head.alpha_at(t) * head.weight(t, plan.active.index[s]);
+          with_run_shape(plan.bands[s], [&](auto paired) {
+            band_softmax_backward<float, paired()>(plan.bands[s], plan.rho_squared[s], at, scale, scale2, streams[s]);
+          });
+          head.keep_row_gradients(t, plan.active.index[s], streams[s]);
+        }
+        tile.place(query, w.mixed, w.probs);
+        tile.place(query, w.d_mixed, w.d_scores);
+      }
+      const TokenRows<float> stacked_d_out = TileProducts::stack(d_out, kTileQueries, dp, w.stacked_d_out);
+      const TokenRows<float> stacked_queries = TileProducts::stack(queries, kTileQueries, dp, w.stacked_queries);
+      tile.multiply_transposed(w.probs, stacked_d_out, w.turned, w.d_values);
+      tile.multiply_transposed(w.d_scores, stacked_queries, w.turned, w.d_keys);
+      tile.multiply_stacked(w.d_scores, w.stacked_keys, w.d_queries);
+      tile.scatter_add(head.d_q, w.d_queries);
+    }
+  }
+  retire(next_key_row);
+}
+
+template <>
+struct CrossFlows<TileProducts> {
+  using Plan = TileCrossPlan;
+  using ForwardScratch = TileCrossForwardScratch;
+  using BackwardScratch = TileCrossBackwardScratch;
+  static Plan plan(const Lattice& lattice, int64_t seq_len) { return plan_tile_cross(lattice, seq_len); }
+};
+
+}  // namespace torus::TORUS_ISA
