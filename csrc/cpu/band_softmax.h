@@ -32,28 +32,50 @@ struct BandStream {
   }
 };
 
-// The runs of one stream, as vectors.
-template <class T, bool PAIRED>
+// One query's tiles: scores, mixed probabilities and, backward, their gradients, with the strides of rows of keys.
+template <class T>
+struct BandQuery {
+  const T *scores, *d_probs;
+  int64_t score_row;
+  T *mixed, *d_scores;
+  int64_t mixed_row;
+  T* exps;  // [vectors]
+};
+
+// The runs of one stream, as vectors. ROWS is their number where it is known and every run fits a vector: what is made
+// of them then stays in registers. It is 0 elsewhere.
+template <class T, bool PAIRED, int ROWS>
 struct BandVectors {
   using V = Vec<T>;
+  static constexpr int kVectors = PAIRED ? (ROWS + 1) / 2 : ROWS;
   const BandStream<T>& band;
+  RowBuffer<T, kVectors> exps;
 
   // Calls visit(vector, row, column, last) for every vector; `last` says that a pair's second row is missing.
   template <class Visit>
   TORUS_INLINE void each(Visit visit) const {
-    int64_t v = 0;
-    if constexpr (PAIRED) {
+    if constexpr (ROWS > 0) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        const int row = PAIRED ? 2 * v : v;
+        visit(v, row, int64_t{0}, PAIRED && row + 1 == ROWS);
+      }
+    } else if constexpr (PAIRED) {
+      int64_t v = 0;
       for (int64_t row = 0; row < band.rows; row += 2, ++v) visit(v, row, int64_t{0}, row + 1 == band.rows);
     } else {
+      int64_t v = 0;
       const int64_t per_row = band.vectors_per_row();
       for (int64_t row = 0; row < band.rows; ++row)
         for (int64_t i = 0; i < per_row; ++i, ++v) visit(v, row, i * kLanes<T>, false);
     }
   }
-  static TORUS_INLINE V load_runs(const T* from, int64_t row_stride, bool last) {
+  // One vector of a tile of scores or of their gradients.
+  TORUS_INLINE V scores(const T* tile, const BandQuery<T>& query, int64_t row, int64_t column, bool last) const {
+    const T* const from = tile + band.score + row * query.score_row + column;
     if constexpr (!PAIRED) return load(from);
     constexpr int half = kHalfLanes<T>;
-    const auto low = load<half>(from), high = load<half>(last ? from : from + row_stride);
+    const auto low = load<half>(from), high = load<half>(last ? from : from + query.score_row);
     return join(low, high, std::make_integer_sequence<int, kLanes<T>>{});
   }
   template <int... I>
@@ -76,52 +98,40 @@ struct BandVectors {
   }
 };
 
-// One query's tiles: scores, mixed probabilities and, backward, their gradients, with the strides of rows of keys.
-template <class T>
-struct BandQuery {
-  const T *scores, *d_probs;
-  int64_t score_row;
-  T *mixed, *d_scores;
-  int64_t mixed_row;
-  T* exps;  // [vectors]
-};
-
-template <class T, bool PAIRED>
-TORUS_INLINE T band_exponentials(const BandVectors<T, PAIRED>& runs, const BandQuery<T>& query, T scale2,
-                                 const T* bias, T& max) {
+// The exponentials of a stream's scores into `runs`; returns their sum.
+template <class T, bool PAIRED, int ROWS>
+TORUS_INLINE T exponentiate(BandVectors<T, PAIRED, ROWS>& runs, const BandQuery<T>& query, T scale2, const T* bias,
+                            T& max) {
   using V = Vec<T>;
   const V scale = splat<V>(scale2);
-  const BandStream<T>& band = runs.band;
   V top = splat<V>(kNegativeInfinity<T>);
   runs.each([&](int64_t v, int64_t row, int64_t column, bool last) __attribute__((always_inline)) {
-    const T* from = query.scores + band.score + row * query.score_row + column;
-    const V x = runs.load_runs(from, query.score_row, last) * scale + load(bias + v * kLanes<T>);
-    store(query.exps + v * kLanes<T>, x);
+    const V x = runs.scores(query.scores, query, row, column, last) * scale + load(bias + v * kLanes<T>);
+    runs.exps.set(v, x);
     top = max_keep(top, x);
   });
   max = max_of_lanes<T>(top);
   const V shift = splat<V>(max);
   V total = {};
-#pragma GCC unroll 2
-  for (int64_t i = 0; i < band.vectors * kLanes<T>; i += kLanes<T>) {
-    const V e = exp2<T>(load(query.exps + i) - shift);
-    store(query.exps + i, e);
+  runs.each([&](int64_t v, int64_t, int64_t, bool) __attribute__((always_inline)) {
+    const V e = exp2<T>(runs.exps.get(v) - shift);
+    runs.exps.set(v, e);
     total += e;
-  }
+  });
   return sum<T>(total);
 }
 
-template <class T, bool PAIRED>
-void band_softmax_forward(const BandStream<T>& band, const BandQuery<T>& query, T scale2, StreamRow<T>& stream,
-                          bool with_lse, bool with_entropy) {
+template <class T, bool PAIRED, int ROWS>
+void band_forward(const BandStream<T>& band, const BandQuery<T>& query, T scale2, StreamRow<T>& stream, bool with_lse,
+                  bool with_entropy) {
   using V = Vec<T>;
-  const BandVectors<T, PAIRED> runs{band};
+  BandVectors<T, PAIRED, ROWS> runs{band, RowBuffer<T, BandVectors<T, PAIRED, ROWS>::kVectors>(query.exps)};
   T max;
-  const T total = band_exponentials(runs, query, scale2, stream.bias, max);
+  const T total = exponentiate(runs, query, scale2, stream.bias, max);
   const V factor = splat<V>(stream.weight / total);
   runs.each([&](int64_t v, int64_t row, int64_t column, bool last) __attribute__((always_inline)) {
-    runs.mix(load(query.exps + v * kLanes<T>) * factor, query.mixed + band.mixed + row * query.mixed_row + column,
-             query.mixed_row, row, last);
+    runs.mix(runs.exps.get(v) * factor, query.mixed + band.mixed + row * query.mixed_row + column, query.mixed_row,
+             row, last);
   });
   if (!with_lse && !with_entropy) return;
   const T log2_total = log2_of(total);
@@ -131,41 +141,68 @@ void band_softmax_forward(const BandStream<T>& band, const BandQuery<T>& query, 
   const V scale = splat<V>(scale2), shift = splat<V>(max);
   V weighted = {};
   runs.each([&](int64_t v, int64_t row, int64_t column, bool last) {
-    const T* from = query.scores + band.score + row * query.score_row + column;
-    const V e = load(query.exps + v * kLanes<T>);
-    const V x = runs.load_runs(from, query.score_row, last) * scale + load(stream.bias + v * kLanes<T>) - shift;
+    const V e = runs.exps.get(v);
+    const V x = runs.scores(query.scores, query, row, column, last) * scale + load(stream.bias + v * kLanes<T>) - shift;
     weighted += e == V{} ? V{} : e * x;
   });
   const T entropy = (log2_total - sum<T>(weighted) / total) * static_cast<T>(kLn2);
   stream.entropy = entropy < 0 ? 0 : entropy;
 }
 
-template <class T, bool PAIRED>
-void band_softmax_backward(const BandStream<T>& band, const T* rho_squared, const BandQuery<T>& query, T scale, T scale2,
-                           StreamRow<T>& stream) {
+template <class T, bool PAIRED, int ROWS>
+void band_backward(const BandStream<T>& band, const T* rho_squared, const BandQuery<T>& query, T scale, T scale2,
+                   StreamRow<T>& stream) {
   using V = Vec<T>;
-  const BandVectors<T, PAIRED> runs{band};
+  BandVectors<T, PAIRED, ROWS> runs{band, RowBuffer<T, BandVectors<T, PAIRED, ROWS>::kVectors>(query.exps)};
   T max;
-  const T total = band_exponentials(runs, query, scale2, stream.bias, max);
-  const auto d_prob = [&](int64_t row, int64_t column, bool last) __attribute__((always_inline)) {
-    return runs.load_runs(query.d_probs + band.score + row * query.score_row + column, query.score_row, last);
-  };
+  const T total = exponentiate(runs, query, scale2, stream.bias, max);
   V product = {};
   runs.each([&](int64_t v, int64_t row, int64_t column, bool last) __attribute__((always_inline)) {
-    product += load(query.exps + v * kLanes<T>) * d_prob(row, column, last);
+    product += runs.exps.get(v) * runs.scores(query.d_probs, query, row, column, last);
   });
   stream.delta = sum<T>(product) / total;
   const V weight = splat<V>(stream.weight / total), delta = splat<V>(stream.delta), out_scale = splat<V>(scale);
   V d_decay = {};
   runs.each([&](int64_t v, int64_t row, int64_t column, bool last) __attribute__((always_inline)) {
-    const V p = load(query.exps + v * kLanes<T>) * weight;
-    const V d_logits = p * (d_prob(row, column, last) - delta);
+    const V p = runs.exps.get(v) * weight;
+    const V d_logits = p * (runs.scores(query.d_probs, query, row, column, last) - delta);
     d_decay += d_logits * load(rho_squared + v * kLanes<T>);
     const int64_t at = band.mixed + row * query.mixed_row + column;
     runs.mix(p, query.mixed + at, query.mixed_row, row, last);
     runs.mix(d_logits * out_scale, query.d_scores + at, query.mixed_row, row, last);
   });
   stream.d_decay = static_cast<T>(-0.5) * sum<T>(d_decay);
+}
+
+// Calls call(paired, rows) with both as constants; the default windows have code of their own.
+template <class T, class F>
+TORUS_INLINE void with_run_shape(const BandStream<T>& band, F call) {
+  if (band.paired()) {
+    if (band.rows == 15) return call(std::true_type{}, std::integral_constant<int, 15>{});
+    if (band.rows == 8) return call(std::true_type{}, std::integral_constant<int, 8>{});
+    return call(std::true_type{}, std::integral_constant<int, 0>{});
+  }
+  if (band.vectors_per_row() == 1) {
+    if (band.rows == 7) return call(std::false_type{}, std::integral_constant<int, 7>{});
+    if (band.rows == 4) return call(std::false_type{}, std::integral_constant<int, 4>{});
+  }
+  call(std::false_type{}, std::integral_constant<int, 0>{});
+}
+
+template <class T>
+TORUS_INLINE void band_softmax_forward(const BandStream<T>& band, const BandQuery<T>& query, T scale2,
+                                       StreamRow<T>& stream, bool with_lse, bool with_entropy) {
+  with_run_shape(band, [&](auto paired, auto rows) {
+    band_forward<T, paired(), rows()>(band, query, scale2, stream, with_lse, with_entropy);
+  });
+}
+
+template <class T>
+TORUS_INLINE void band_softmax_backward(const BandStream<T>& band, const T* rho_squared, const BandQuery<T>& query,
+                                        T scale, T scale2, StreamRow<T>& stream) {
+  with_run_shape(band, [&](auto paired, auto rows) {
+    band_backward<T, paired(), rows()>(band, rho_squared, query, scale, scale2, stream);
+  });
 }
 
 }  // namespace torus::TORUS_ISA

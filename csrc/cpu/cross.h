@@ -93,10 +93,12 @@ struct CrossTile {
       }
     }
   }
-  TORUS_INLINE void scatter_add(T* tokens, const T* rows) const {
+  // Calls finish(token, its row) for every query.
+  template <class Finish>
+  TORUS_INLINE void scatter(T* rows, Finish finish) const {
     for (int64_t query = 0; query < num_queries(); ++query) {
       const int64_t t = query_token(query);
-      if (t >= 0) add_row(tokens + t * unit.padded_dim, rows + query * unit.padded_dim, unit.padded_dim);
+      if (t >= 0) finish(t, rows + query * unit.padded_dim);
     }
   }
 
@@ -218,8 +220,10 @@ struct CrossForwardScratch {
   }
 };
 
-template <class T>
-void cross_forward(const CrossPlan<T>& plan, const Head<VectorProducts<T>>& head, int64_t index, T scale, Arena arena) {
+// finish(token, row) takes the cross flows' share of every query's y.
+template <class T, class Finish>
+void cross_forward(const CrossPlan<T>& plan, const Head<VectorProducts<T>>& head, int64_t index, T scale, Finish finish,
+                   Arena arena) {
   const CrossUnit<T> unit(plan, head, index);
   const int64_t dp = unit.padded_dim;
   const CrossForwardScratch<T> w(plan, dp, arena);
@@ -241,7 +245,7 @@ void cross_forward(const CrossPlan<T>& plan, const Head<VectorProducts<T>>& head
     }
     zero(w.outputs, tile.num_queries() * dp);
     tile.multiply_values(w.scores, head.v, w.outputs);
-    tile.scatter_add(head.y, w.outputs);
+    tile.scatter(w.outputs, finish);
   });
 }
 
@@ -258,8 +262,10 @@ struct CrossBackwardScratch {
   }
 };
 
-template <class T>
-void cross_backward(const CrossPlan<T>& plan, const Head<VectorProducts<T>>& head, int64_t index, T scale, Arena arena) {
+// finish(token, row) takes the cross flows' share of every query's gradient.
+template <class T, class Finish>
+void cross_backward(const CrossPlan<T>& plan, const Head<VectorProducts<T>>& head, int64_t index, T scale,
+                    Finish finish, Arena arena) {
   const CrossUnit<T> unit(plan, head, index);
   const int64_t dp = unit.padded_dim;
   const CrossBackwardScratch<T> w(plan, dp, arena);
@@ -292,7 +298,7 @@ void cross_backward(const CrossPlan<T>& plan, const Head<VectorProducts<T>>& hea
     tile.multiply_transposed(w.d_probs, w.queries, head.d_k);
     zero(w.d_queries, tile.num_queries() * dp);
     tile.multiply_values(w.d_probs, head.k, w.d_queries);
-    tile.scatter_add(head.d_q, w.d_queries);
+    tile.scatter(w.d_queries, finish);
   });
 }
 
@@ -304,7 +310,7 @@ struct CrossFlows {
   using Plan = CrossPlan<T>;
   using ForwardScratch = CrossForwardScratch<T>;
   using BackwardScratch = CrossBackwardScratch<T>;
-  static Plan plan(const Lattice& lattice, int64_t seq_len) { return plan_cross<T>(lattice, seq_len); }
+  static Plan plan(const Lattice& lattice, int64_t seq_len, bool) { return plan_cross<T>(lattice, seq_len); }
 };
 
 }  // namespace torus::TORUS_ISA

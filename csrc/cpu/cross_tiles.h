@@ -1,4 +1,4 @@
-// Cross flows on matrix tiles, in bfloat16: sixteen neighbouring queries of two lattice rows against rows of keys.
+// Cross flows on matrix tiles, in bfloat16: sixteen neighbouring queries of a few lattice rows against rows of keys.
 //
 // A query sees a run of columns in every row of its window. The runs of sixteen neighbours fill less than two tiles,
 // whose other scores are never looked at; their probabilities stay zero. Rows of keys are padded with the columns that
@@ -11,10 +11,8 @@
 
 namespace torus::TORUS_ISA {
 
-constexpr int64_t kTileLatticeRows = 2;
-constexpr int64_t kTileQueries = kTileLatticeRows * kTile;
-
 struct TileCrossPlan : CrossGrid {
+  int64_t lattice_rows;  // of queries in a tile
   int64_t left;        // column x of a padded row of keys holds lattice column x - left
   int64_t width;       // columns of keys that a tile of queries sees
   int64_t key_ld;      // columns of a padded row
@@ -26,10 +24,11 @@ struct TileCrossPlan : CrossGrid {
   const float* rho_squared[kMaxStreamsPerTile];
 
   TORUS_INLINE int64_t window_rows() const { return window.a_hi - window.a_lo + 1; }
-  TORUS_INLINE int64_t max_tile_rows() const { return window_rows() + kTileLatticeRows - 1; }
+  TORUS_INLINE int64_t max_tile_rows() const { return window_rows() + lattice_rows - 1; }
   // Numbers of a tile of scores. The last run is read in whole vectors; what they find behind it must be finite.
-  TORUS_INLINE int64_t scores() const { return max_tile_rows() * kTileQueries * width + kTile; }
-  TORUS_INLINE int64_t probs() const { return max_tile_rows() * kTileQueries * probs_ld; }
+  TORUS_INLINE int64_t scores() const { return max_tile_rows() * queries() * width + kTile; }
+  TORUS_INLINE int64_t probs() const { return max_tile_rows() * queries() * probs_ld; }
+  TORUS_INLINE int64_t queries() const { return lattice_rows * kTile; }
   // The token of a lattice column of a row, or -1 where there is none.
   TORUS_INLINE int64_t token(int64_t row, int64_t col) const {
     const Lattice& lattice = window.lattice;
@@ -44,9 +43,11 @@ struct TileCrossPlan : CrossGrid {
   TORUS_INLINE int64_t key_token(int64_t row, int64_t x) const { return x < key_columns() ? token(row, x - left) : -1; }
 };
 
-TORUS_INLINE TileCrossPlan plan_tile_cross(const Lattice& lattice, int64_t seq_len) {
+// The backward takes more rows at a time: every tile adds to the sums of all the keys that it sees.
+TORUS_INLINE TileCrossPlan plan_tile_cross(const Lattice& lattice, int64_t seq_len, bool backward) {
   TileCrossPlan plan{};
   static_cast<CrossGrid&>(plan) = plan_cross_grid(lattice, seq_len);
+  plan.lattice_rows = backward ? 4 : 2;
   if (plan.active.count == 0) return plan;
   const CrossWindow& window = plan.window;
   // First the stream of the fewer rows: its runs are the longer ones and hold the other's columns.
@@ -65,7 +66,7 @@ TORUS_INLINE TileCrossPlan plan_tile_cross(const Lattice& lattice, int64_t seq_l
     BandStream<float>& band = plan.bands[s];
     band.rows = a_hi - max_of(window.a_lo, -radius_u) + 1;
     band.length = b_hi - max_of(window.b_lo, -radius_v) + 1;
-    band.score = (window.a_hi - a_hi) * kTileQueries * plan.width + plan.left - b_hi;
+    band.score = (window.a_hi - a_hi) * plan.queries() * plan.width + plan.left - b_hi;
     plan.a_first[s] = a_hi, plan.b_first[s] = b_hi;
     plan.mixed_ld = max_of(plan.mixed_ld, window.b_hi - b_hi + round_up(band.length, kTile));
     if (s == 1) {
@@ -105,7 +106,7 @@ struct TileCrossScratch {
 
   TileCrossScratch(const TileCrossPlan& plan, int64_t padded_dim, Arena& arena) {
     rows = arena.take<BFloat16>(plan.key_ld * padded_dim);
-    queries = arena.take<BFloat16>(kTileQueries * padded_dim);
+    queries = arena.take<BFloat16>(plan.queries() * padded_dim);
     probs = arena.take<BFloat16>(plan.probs());
     scores = arena.take<float>(plan.scores());
     mixed = arena.take<float>(plan.window_rows() * plan.mixed_ld);
@@ -148,7 +149,7 @@ struct TileCrossUnit {
   }
 };
 
-// Sixteen columns of queries and up to two rows: query (row0 + j, col0 + i) is row 16 j + i of the tile.
+// Sixteen columns of queries and a few rows: query (row0 + j, col0 + i) is row 16 j + i of the tile.
 struct CrossQueryTile {
   const TileCrossUnit& unit;
   int64_t row0, num_rows, col0;
@@ -161,7 +162,7 @@ struct CrossQueryTile {
   }
 
   TORUS_INLINE TokenRows<BFloat16> gather(const TokenRows<BFloat16>& tokens, BFloat16* into) const {
-    for (int64_t query = 0; query < kTileQueries; ++query) {
+    for (int64_t query = 0; query < unit.plan.queries(); ++query) {
       const int64_t t = query_token(query);
       if (t < 0) {
         zero(into + query * unit.padded_dim, unit.padded_dim);
@@ -171,15 +172,17 @@ struct CrossQueryTile {
     }
     return {into, unit.padded_dim};
   }
-  TORUS_INLINE void scatter_add(float* tokens, const float* rows) const {
-    for (int64_t query = 0; query < kTileQueries; ++query) {
+  // Calls finish(token, its row) for every query.
+  template <class Finish>
+  TORUS_INLINE void scatter(float* rows, Finish finish) const {
+    for (int64_t query = 0; query < unit.plan.queries(); ++query) {
       const int64_t t = query_token(query);
-      if (t >= 0) add_row(tokens + t * unit.padded_dim, rows + query * unit.padded_dim, unit.padded_dim);
+      if (t >= 0) finish(t, rows + query * unit.padded_dim);
     }
   }
 
-  TORUS_INLINE int64_t score_row() const { return kTileQueries * unit.plan.width; }
-  TORUS_INLINE int64_t probs_row() const { return kTileQueries * unit.plan.probs_ld; }
+  TORUS_INLINE int64_t score_row() const { return unit.plan.queries() * unit.plan.width; }
+  TORUS_INLINE int64_t probs_row() const { return unit.plan.queries() * unit.plan.probs_ld; }
   // Where the first row of a query's window begins in a tile of scores.
   TORUS_INLINE int64_t score_offset(int64_t query) const {
     return query / kTile * score_row() + query * unit.plan.width + query % kTile;
@@ -188,7 +191,7 @@ struct CrossQueryTile {
   // scores [key rows, queries, width] = queries * turned keys
   TORUS_INLINE void multiply_turned(const TokenRows<BFloat16>& queries, const float* panels, float* scores) const {
     for (int64_t r = 0; r < key_rows(); ++r)
-      TileProducts::multiply(kTileQueries, unit.plan.width, unit.padded_dim, TileProducts::left(queries),
+      TileProducts::multiply(unit.plan.queries(), unit.plan.width, unit.padded_dim, TileProducts::left(queries),
                              panels + unit.slot(first_key_row() + r) * unit.panel + col0, unit.plan.key_ld,
                              scores + r * score_row(), unit.plan.width, false);
   }
@@ -196,7 +199,7 @@ struct CrossQueryTile {
   TORUS_INLINE void multiply_stacked(const BFloat16* probs, const float* panels, float* outputs) const {
     const int64_t dp = unit.padded_dim;
     TileProducts::multiply_sum(
-        kTileQueries, dp, unit.plan.width, key_rows(), {probs, unit.plan.probs_ld}, probs_row(),
+        unit.plan.queries(), dp, unit.plan.width, key_rows(), {probs, unit.plan.probs_ld}, probs_row(),
         [&](int64_t r) { return panels + unit.slot(first_key_row() + r) * unit.panel + col0 / 2 * dp; }, dp, outputs,
         dp, false);
   }
@@ -205,18 +208,19 @@ struct CrossQueryTile {
                                         float* sums) const {
     const int64_t dp = unit.padded_dim;
     for (int64_t r = 0; r < key_rows(); ++r)
-      TileProducts::multiply(unit.plan.width, dp, kTileQueries, turn_probs(probs + r * probs_row(), turned),
+      TileProducts::multiply(unit.plan.width, dp, unit.plan.queries(), turn_probs(probs + r * probs_row(), turned),
                              queries.data, queries.stride,
                              sums + (unit.slot(first_key_row() + r) * unit.plan.key_ld + col0) * dp, dp, true);
   }
   // [queries, width] -> [width, queries]
   TORUS_INLINE TileProducts::Left turn_probs(const BFloat16* probs, BFloat16* turned) const {
     const TokenRows<float> pairs =
-        TileProducts::stack({probs, unit.plan.probs_ld}, kTileQueries, unit.plan.width, unit_buffer);
+        TileProducts::stack(TokenRows<BFloat16>{probs, unit.plan.probs_ld}, unit.plan.queries(), unit.plan.width, unit_buffer);
     for (int64_t x = 0; x < unit.plan.width; x += kTile)
-      transpose_block(pairs.data + x, pairs.stride, reinterpret_cast<float*>(turned + x * kTileQueries),
-                      kTileQueries / 2);
-    return {turned, kTileQueries};
+      for (int64_t pair = 0; pair < unit.plan.queries() / 2; pair += kTile)
+        transpose_block<float>([&](int64_t r) { return pairs.at(pair + r) + x; },
+                               reinterpret_cast<float*>(turned + x * unit.plan.queries()) + pair, unit.plan.queries() / 2);
+    return {turned, unit.plan.queries()};
   }
   float* unit_buffer = nullptr;  // [queries / 2, width], backward only
 
@@ -264,24 +268,19 @@ struct CrossQueryTile {
   }
 };
 
-template <class F>
-TORUS_INLINE void with_run_shape(const BandStream<float>& band, F call) {
-  if (band.paired()) return call(std::true_type{});
-  call(std::false_type{});
-}
-
 struct TileCrossForwardScratch : TileCrossScratch {
   float *turned_keys, *stacked_values, *outputs;
   TileCrossForwardScratch(const TileCrossPlan& plan, int64_t padded_dim, Arena& arena)
       : TileCrossScratch(plan, padded_dim, arena) {
     const int64_t panels = plan.max_tile_rows() * (plan.key_ld / 2 * padded_dim);
     for (float** panel : {&turned_keys, &stacked_values}) *panel = arena.take<float>(panels);
-    outputs = arena.take<float>(kTileQueries * padded_dim);
+    outputs = arena.take<float>(plan.queries() * padded_dim);
   }
 };
 
-inline void cross_forward(const TileCrossPlan& plan, const Head<TileProducts>& head, int64_t index, float scale,
-                          Arena arena) {
+template <class Finish>
+void cross_forward(const TileCrossPlan& plan, const Head<TileProducts>& head, int64_t index, float scale, Finish finish,
+                   Arena arena) {
   const TileProducts::Session session;
   const TileCrossUnit unit(plan, head, index);
   const int64_t dp = unit.padded_dim;
@@ -291,8 +290,8 @@ inline void cross_forward(const TileCrossPlan& plan, const Head<TileProducts>& h
   zero(w.scores, plan.scores());
   zero(w.mixed, plan.window_rows() * plan.mixed_ld);
   int64_t next_key_row = unit.key_row0;
-  for (int64_t row0 = unit.first; row0 < unit.last; row0 += kTileLatticeRows) {
-    const int64_t num_rows = min_of(kTileLatticeRows, unit.last - row0);
+  for (int64_t row0 = unit.first; row0 < unit.last; row0 += plan.lattice_rows) {
+    const int64_t num_rows = min_of(plan.lattice_rows, unit.last - row0);
     for (; next_key_row < row0 + num_rows - plan.window.a_lo; ++next_key_row) {
       unit.turn(unit.gather(head.k, next_key_row, w.rows), next_key_row, w.turned_keys);
       unit.stack(unit.gather(head.v, next_key_row, w.rows), next_key_row, w.stacked_values);
@@ -300,7 +299,7 @@ inline void cross_forward(const TileCrossPlan& plan, const Head<TileProducts>& h
     for (int64_t col0 = 0; col0 < plan.num_cols; col0 += kTile) {
       const CrossQueryTile tile{unit, row0, num_rows, col0};
       tile.multiply_turned(tile.gather(head.q, w.queries), w.turned_keys, w.scores);
-      for (int64_t query = 0; query < kTileQueries; ++query) {
+      for (int64_t query = 0; query < plan.queries(); ++query) {
         const int64_t t = tile.query_token(query);
         if (t < 0) {
           tile.clear(query, w.probs);
@@ -312,16 +311,13 @@ inline void cross_forward(const TileCrossPlan& plan, const Head<TileProducts>& h
                                   plan.mixed_ld, w.exps};
         for (int s = 0; s < plan.active.count; ++s) {
           streams[s].weight = head.weight(t, plan.active.index[s]);
-          with_run_shape(plan.bands[s], [&](auto paired) {
-            band_softmax_forward<float, paired()>(plan.bands[s], at, scale2, streams[s], head.lse != nullptr,
-                                                  head.entropy != nullptr);
-          });
+          band_softmax_forward(plan.bands[s], at, scale2, streams[s], head.lse != nullptr, head.entropy != nullptr);
           head.keep_statistics(t, plan.active.index[s], streams[s]);
         }
         tile.place(query, w.mixed, w.probs);
       }
       tile.multiply_stacked(w.probs, w.stacked_values, w.outputs);
-      tile.scatter_add(head.y, w.outputs);
+      tile.scatter(w.outputs, finish);
     }
   }
 }
@@ -333,22 +329,23 @@ struct TileCrossBackwardScratch : TileCrossScratch {
   TileCrossBackwardScratch(const TileCrossPlan& plan, int64_t padded_dim, Arena& arena)
       : TileCrossScratch(plan, padded_dim, arena) {
     const int64_t panel = plan.key_ld / 2 * padded_dim, rows = plan.max_tile_rows();
-    d_out = arena.take<BFloat16>(kTileQueries * padded_dim);
+    d_out = arena.take<BFloat16>(plan.queries() * padded_dim);
     d_scores = arena.take<BFloat16>(plan.probs());
-    turned = arena.take<BFloat16>(kTileQueries * plan.width);
+    turned = arena.take<BFloat16>(plan.queries() * plan.width);
     for (float** panels : {&turned_keys, &turned_values, &stacked_keys}) *panels = arena.take<float>(rows * panel);
     d_probs = arena.take<float>(plan.scores());
     d_mixed = arena.take<float>(plan.window_rows() * plan.mixed_ld);
-    d_queries = arena.take<float>(kTileQueries * padded_dim);
+    d_queries = arena.take<float>(plan.queries() * padded_dim);
     for (float** stacked : {&stacked_queries, &stacked_d_out})
-      *stacked = arena.take<float>(kTileQueries / 2 * padded_dim);
-    pairs = arena.take<float>(kTileQueries / 2 * plan.width);
+      *stacked = arena.take<float>(plan.queries() / 2 * padded_dim);
+    pairs = arena.take<float>(plan.queries() / 2 * plan.width);
     for (float** sums : {&d_keys, &d_values}) *sums = arena.take<float>(rows * plan.key_ld * padded_dim);
   }
 };
 
-inline void cross_backward(const TileCrossPlan& plan, const Head<TileProducts>& head, int64_t index, float scale,
-                           Arena arena) {
+template <class Finish>
+void cross_backward(const TileCrossPlan& plan, const Head<TileProducts>& head, int64_t index, float scale,
+                    Finish finish, Arena arena) {
   const TileProducts::Session session;
   const TileCrossUnit unit(plan, head, index);
   const int64_t dp = unit.padded_dim, sums_of_row = plan.key_ld * dp;
@@ -369,8 +366,8 @@ inline void cross_backward(const TileCrossPlan& plan, const Head<TileProducts>& 
         add_row(head.d_v + token * dp, w.d_values + at, dp);
       }
   };
-  for (int64_t row0 = unit.first; row0 < unit.last; row0 += kTileLatticeRows) {
-    const int64_t num_rows = min_of(kTileLatticeRows, unit.last - row0);
+  for (int64_t row0 = unit.first; row0 < unit.last; row0 += plan.lattice_rows) {
+    const int64_t num_rows = min_of(plan.lattice_rows, unit.last - row0);
     retire(row0 - plan.window.a_hi);
     for (; next_key_row < row0 + num_rows - plan.window.a_lo; ++next_key_row) {
       const TokenRows<BFloat16> keys = unit.gather(head.k, next_key_row, w.rows);
@@ -384,7 +381,7 @@ inline void cross_backward(const TileCrossPlan& plan, const Head<TileProducts>& 
       const TokenRows<BFloat16> queries = tile.gather(head.q, w.queries), d_out = tile.gather(head.d_out, w.d_out);
       tile.multiply_turned(queries, w.turned_keys, w.scores);
       tile.multiply_turned(d_out, w.turned_values, w.d_probs);
-      for (int64_t query = 0; query < kTileQueries; ++query) {
+      for (int64_t query = 0; query < plan.queries(); ++query) {
         const int64_t t = tile.query_token(query);
         if (t < 0) {
           tile.clear(query, w.probs);
@@ -398,20 +395,18 @@ inline void cross_backward(const TileCrossPlan& plan, const Head<TileProducts>& 
                                   plan.mixed_ld, w.exps};
         for (int s = 0; s < plan.active.count; ++s) {
           streams[s].weight = head.alpha_at(t) * head.weight(t, plan.active.index[s]);
-          with_run_shape(plan.bands[s], [&](auto paired) {
-            band_softmax_backward<float, paired()>(plan.bands[s], plan.rho_squared[s], at, scale, scale2, streams[s]);
-          });
+          band_softmax_backward(plan.bands[s], plan.rho_squared[s], at, scale, scale2, streams[s]);
           head.keep_row_gradients(t, plan.active.index[s], streams[s]);
         }
         tile.place(query, w.mixed, w.probs);
         tile.place(query, w.d_mixed, w.d_scores);
       }
-      const TokenRows<float> stacked_d_out = TileProducts::stack(d_out, kTileQueries, dp, w.stacked_d_out);
-      const TokenRows<float> stacked_queries = TileProducts::stack(queries, kTileQueries, dp, w.stacked_queries);
+      const TokenRows<float> stacked_d_out = TileProducts::stack(d_out, plan.queries(), dp, w.stacked_d_out);
+      const TokenRows<float> stacked_queries = TileProducts::stack(queries, plan.queries(), dp, w.stacked_queries);
       tile.multiply_transposed(w.probs, stacked_d_out, w.turned, w.d_values);
       tile.multiply_transposed(w.d_scores, stacked_queries, w.turned, w.d_keys);
       tile.multiply_stacked(w.d_scores, w.stacked_keys, w.d_queries);
-      tile.scatter_add(head.d_q, w.d_queries);
+      tile.scatter(w.d_queries, finish);
     }
   }
   retire(next_key_row);
@@ -422,7 +417,9 @@ struct CrossFlows<TileProducts> {
   using Plan = TileCrossPlan;
   using ForwardScratch = TileCrossForwardScratch;
   using BackwardScratch = TileCrossBackwardScratch;
-  static Plan plan(const Lattice& lattice, int64_t seq_len) { return plan_tile_cross(lattice, seq_len); }
+  static Plan plan(const Lattice& lattice, int64_t seq_len, bool backward) {
+    return plan_tile_cross(lattice, seq_len, backward);
+  }
 };
 
 }  // namespace torus::TORUS_ISA

@@ -13,6 +13,7 @@ struct Head {
   int64_t batch, index;       // b, h
   int64_t padded_dim;         // Dp: D rounded up to what products want
   TokenRows<typename P::Element> q, k, v, d_out;
+  const typename P::Element* zeros;  // [Dp]
   T* y;                       // [T, Dp], forward: sum over streams so far
   T *d_q, *d_k, *d_v;         // [T, Dp], backward: sums so far
   T *delta, *d_decay;         // [T, 8], backward

@@ -1,7 +1,8 @@
 // The kernels for one instruction set: this file is compiled once for each, with TORUS_ISA naming it.
 #include <utility>
 
-#include "attention.h"
+#include "attention_backward.h"
+#include "attention_forward.h"
 #include "compounding.h"
 #include "decode.h"
 #include "rope.h"

@@ -1,5 +1,6 @@
 // Kernels for machines with matrix tiles: attention in bfloat16. All else is what AVX-512 does.
-#include "attention.h"
+#include "attention_backward.h"
+#include "attention_forward.h"
 #include "cross_tiles.h"
 
 namespace torus {

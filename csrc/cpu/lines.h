@@ -29,6 +29,8 @@ struct LinePlan {
   int num_shared;        // displacements that both arcs see
   int64_t shared[kMaxSharedSteps];
 
+  // Whether a unit is a whole line, all of whose tiles see all of it.
+  TORUS_INLINE bool dense() const { return !lines.lattice.causal(); }
   TORUS_INLINE int64_t chunks() const { return ceil_div(max_length, chunk); }
   TORUS_INLINE int64_t units() const { return lines.num_lines * chunks(); }
   // Chunks of an open line write gradients into their neighbour's keys, so they take turns; lines never meet.
@@ -119,7 +121,12 @@ struct LineUnit {
     return plan.adjacent && (P::kGrain == 1 || (!plan.lines.lattice.causal() && n % plan.grain == 0));
   }
 
-  // Rows of positions i ... i + n - 1: where they are, or copied into `buffer` and padded with zeros.
+  // Rows of positions i ... i + n - 1, wherever they are, and zeros behind them.
+  TORUS_INLINE ScatteredRows<E> scattered(const TokenRows<E>& from, int64_t i, int64_t n) const {
+    return {from, tokens + (i - key0), n, head.zeros};
+  }
+
+  // The same: where they are, or copied into `buffer` and padded.
   TORUS_INLINE TokenRows<E> rows(const TokenRows<E>& from, int64_t i, int64_t n, E* buffer) const {
     if (in_place(n)) return {from.at(token(i)), from.stride};
     for (int64_t r = 0; r < n; ++r) {
@@ -130,17 +137,31 @@ struct LineUnit {
     return {buffer, padded_dim};
   }
 
-  // Where to add up rows of positions i ...: in place, or in a cleared `buffer`, from where `add_back` takes them.
-  TORUS_INLINE T* accumulator(T* into, int64_t i, int64_t n, int64_t room, T* buffer) const {
-    if (in_place(n)) return into + token(i) * padded_dim;
-    zero(buffer, room * padded_dim);
-    return buffer;
+  // The same as a right operand whose depth they are.
+  TORUS_INLINE TokenRows<typename P::Unit> stack(const TokenRows<E>& from, int64_t i, int64_t n,
+                                                 typename P::Unit* buffer) const {
+    if constexpr (P::kPerUnit == 1) {
+      return rows(from, i, n, buffer);
+    } else {
+      return P::stack(scattered(from, i, n), padded(n), padded_dim, buffer);
+    }
   }
-  TORUS_INLINE void add_back(T* into, int64_t i, int64_t n, const T* buffer) const {
+
+  // Where products add up rows of positions i ...: in place, or in `buffer`, from where `add_back` takes them.
+  TORUS_INLINE T* accumulator(T* into, int64_t i, int64_t n, T* buffer) const {
+    return in_place(n) ? into + token(i) * padded_dim : buffer;
+  }
+  // `first` says that nothing has been added up there before: rows are then stored.
+  TORUS_INLINE void add_back(T* into, int64_t i, int64_t n, const T* buffer, bool first) const {
     if (in_place(n)) return;
     for (int64_t r = 0; r < n; ++r) {
       prefetch_row(into + token(min_of(i + r + kPrefetchRows, i + n - 1)) * padded_dim, padded_dim);
-      add_row(into + token(i + r) * padded_dim, buffer + r * padded_dim, padded_dim);
+      T* const row = into + token(i + r) * padded_dim;
+      if (first) {
+        copy_row(buffer + r * padded_dim, row, padded_dim);
+      } else {
+        add_row(row, buffer + r * padded_dim, padded_dim);
+      }
     }
   }
 };
@@ -229,14 +250,13 @@ template <class P>
 struct LineForwardScratch {
   using T = typename P::Compute;
   int64_t* tokens;
-  typename P::Element *keys, *values, *queries, *probs;
+  typename P::Element *keys, *probs;
   typename P::Unit *stacked_values, *turned_queries;
   T *scores, *outputs;
   LineForwardScratch(const LinePlan<T>& plan, int64_t padded_dim, Arena& arena) {
     tokens = arena.take<int64_t>(plan.max_keys);
-    for (auto** rows : {&keys, &values}) *rows = arena.take<typename P::Element>(plan.max_keys * padded_dim);
+    keys = arena.take<typename P::Element>(plan.max_keys * padded_dim);
     stacked_values = arena.take<typename P::Unit>(P::units_of_depth(plan.max_keys) * padded_dim);
-    queries = arena.take<typename P::Element>(plan.block * padded_dim);
     turned_queries = arena.take<typename P::Unit>(P::units_of_depth(padded_dim) * plan.block);
     scores = arena.take<T>(plan.max_rows * plan.block);
     probs = arena.take<typename P::Element>(plan.block * plan.max_rows);
@@ -244,9 +264,10 @@ struct LineForwardScratch {
   }
 };
 
+// `first`: no family before this one has begun the head's sums.
 template <class P>
 void line_forward(const LinePlan<typename P::Compute>& plan, const Head<P>& head, int64_t index,
-                  typename P::Compute scale, Arena arena) {
+                  typename P::Compute scale, bool first, Arena arena) {
   using T = typename P::Compute;
   [[maybe_unused]] const typename P::Session session;
   const int64_t dp = head.padded_dim, ld = plan.block;
@@ -255,12 +276,11 @@ void line_forward(const LinePlan<typename P::Compute>& plan, const Head<P>& head
   if (unit.first >= unit.last) return;
   const T scale2 = scale * static_cast<T>(kLog2e);
   const auto keys = unit.rows(head.k, unit.key0, unit.num_keys, w.keys);
-  const auto values = P::stack(unit.rows(head.v, unit.key0, unit.num_keys, w.values), unit.padded(unit.num_keys), dp,
-                               w.stacked_values);
+  const auto values = unit.stack(head.v, unit.key0, unit.num_keys, w.stacked_values);
   for (int64_t row0 = unit.first; row0 < unit.last; row0 += plan.block) {
     const LineTile<P> tile(unit, row0);
     const int64_t rows = unit.padded(tile.keys), lanes = round_up(tile.queries, kLanes<T>);
-    P::turn(unit.rows(head.q, row0, tile.queries, w.queries), tile.queries, dp, w.turned_queries, ld);
+    P::turn(unit.scattered(head.q, row0, tile.queries), unit.padded(lanes), dp, w.turned_queries, ld);
     // S^T = K Q^T
     P::multiply(rows, unit.padded(lanes), dp, P::left(keys.from(tile.col0)), w.turned_queries, ld, w.scores, ld, false);
     for (int64_t lane0 = 0; lane0 < lanes; lane0 += kLanes<T>) {
@@ -273,11 +293,11 @@ void line_forward(const LinePlan<typename P::Compute>& plan, const Head<P>& head
     }
     tile.clear_padding(w.scores, ld);
     // y += (sum_s g_s P_s) V
-    T* outputs = unit.accumulator(head.y, row0, tile.queries, unit.padded(tile.queries), w.outputs);
+    T* outputs = unit.accumulator(head.y, row0, tile.queries, w.outputs);
     const auto depth = values.from(tile.col0 / P::kPerUnit);
     P::multiply(unit.padded(tile.queries), dp, rows, P::by_query(w.scores, rows, ld, w.probs), depth.data,
-                depth.stride, outputs, dp, true);
-    unit.add_back(head.y, row0, tile.queries, w.outputs);
+                depth.stride, outputs, dp, outputs != w.outputs && !first);
+    unit.add_back(head.y, row0, tile.queries, w.outputs, first);
   }
 }
 
@@ -285,7 +305,7 @@ template <class P>
 struct LineBackwardScratch {
   using T = typename P::Compute;
   int64_t* tokens;
-  typename P::Element *keys, *values, *queries, *d_out, *probs;
+  typename P::Element *keys, *values, *probs;
   typename P::Unit *stacked_keys, *stacked_queries, *stacked_d_out, *turned_queries, *turned_d_out;
   T *scores, *d_probs, *d_queries, *d_keys, *d_values;
   LineBackwardScratch(const LinePlan<T>& plan, int64_t padded_dim, Arena& arena) {
@@ -293,7 +313,6 @@ struct LineBackwardScratch {
     for (auto** rows : {&keys, &values}) *rows = arena.take<typename P::Element>(plan.max_keys * padded_dim);
     stacked_keys = arena.take<typename P::Unit>(P::units_of_depth(plan.max_keys) * padded_dim);
     for (T** rows : {&d_keys, &d_values}) *rows = arena.take<T>(plan.max_keys * padded_dim);
-    for (auto** rows : {&queries, &d_out}) *rows = arena.take<typename P::Element>(plan.block * padded_dim);
     for (auto** rows : {&stacked_queries, &stacked_d_out})
       *rows = arena.take<typename P::Unit>(P::units_of_depth(plan.block) * padded_dim);
     for (auto** rows : {&turned_queries, &turned_d_out})
@@ -304,9 +323,14 @@ struct LineBackwardScratch {
   }
 };
 
+// Which of the head's sums no family before this one has begun.
+struct FirstSums {
+  bool queries, keys;
+};
+
 template <class P>
 void line_backward(const LinePlan<typename P::Compute>& plan, const Head<P>& head, int64_t index,
-                   typename P::Compute scale, Arena arena) {
+                   typename P::Compute scale, FirstSums first, Arena arena) {
   using T = typename P::Compute;
   [[maybe_unused]] const typename P::Session session;
   const int64_t dp = head.padded_dim, ld = plan.block;
@@ -318,16 +342,18 @@ void line_backward(const LinePlan<typename P::Compute>& plan, const Head<P>& hea
   const auto keys = unit.rows(head.k, unit.key0, unit.num_keys, w.keys);
   const auto values = unit.rows(head.v, unit.key0, unit.num_keys, w.values);
   const auto stacked_keys = P::stack(keys, all_keys, dp, w.stacked_keys);
-  T* const d_keys = unit.accumulator(head.d_k, unit.key0, unit.num_keys, all_keys, w.d_keys);
-  T* const d_values = unit.accumulator(head.d_v, unit.key0, unit.num_keys, all_keys, w.d_values);
+  T* const d_keys = unit.accumulator(head.d_k, unit.key0, unit.num_keys, w.d_keys);
+  T* const d_values = unit.accumulator(head.d_v, unit.key0, unit.num_keys, w.d_values);
+  // Every tile of a dense line sees all its keys, so that the first one may begin their sums.
+  const bool buffered = d_keys == w.d_keys, begins = plan.dense() && (buffered || first.keys);
+  if (buffered && !begins)
+    for (T* sums : {w.d_keys, w.d_values}) zero(sums, all_keys * dp);
   for (int64_t row0 = unit.first; row0 < unit.last; row0 += plan.block) {
     const LineTile<P> tile(unit, row0);
     const int64_t rows = unit.padded(tile.keys), lanes = round_up(tile.queries, kLanes<T>);
     const int64_t cols = unit.padded(lanes), depth = unit.padded(tile.queries);
-    const auto queries = unit.rows(head.q, row0, tile.queries, w.queries);
-    const auto d_out = unit.rows(head.d_out, row0, tile.queries, w.d_out);
-    P::turn(queries, tile.queries, dp, w.turned_queries, ld);
-    P::turn(d_out, tile.queries, dp, w.turned_d_out, ld);
+    P::turn(unit.scattered(head.q, row0, tile.queries), cols, dp, w.turned_queries, ld);
+    P::turn(unit.scattered(head.d_out, row0, tile.queries), cols, dp, w.turned_d_out, ld);
     // S^T = K Q^T, dP^T = V dO^T
     P::multiply(rows, cols, dp, P::left(keys.from(tile.col0)), w.turned_queries, ld, w.scores, ld, false);
     P::multiply(rows, cols, dp, P::left(values.from(tile.col0)), w.turned_d_out, ld, w.d_probs, ld, false);
@@ -342,20 +368,20 @@ void line_backward(const LinePlan<typename P::Compute>& plan, const Head<P>& hea
     tile.clear_padding(w.scores, ld);
     tile.clear_padding(w.d_probs, ld);
     // dV += P^T dO, dK += dS^T Q, dQ += dS K
-    const auto d_out_rows = P::stack(d_out, depth, dp, w.stacked_d_out);
+    const auto d_out_rows = unit.stack(head.d_out, row0, tile.queries, w.stacked_d_out);
     P::multiply(rows, dp, depth, P::by_key(w.scores, rows, ld, w.probs), d_out_rows.data, d_out_rows.stride,
-                d_values + tile.col0 * dp, dp, true);
-    const auto query_rows = P::stack(queries, depth, dp, w.stacked_queries);
+                d_values + tile.col0 * dp, dp, !begins || row0 > unit.first);
+    const auto query_rows = unit.stack(head.q, row0, tile.queries, w.stacked_queries);
     P::multiply(rows, dp, depth, P::by_key(w.d_probs, rows, ld, w.probs), query_rows.data, query_rows.stride,
-                d_keys + tile.col0 * dp, dp, true);
-    T* d_queries = unit.accumulator(head.d_q, row0, tile.queries, depth, w.d_queries);
+                d_keys + tile.col0 * dp, dp, !begins || row0 > unit.first);
+    T* d_queries = unit.accumulator(head.d_q, row0, tile.queries, w.d_queries);
     const auto key_rows = stacked_keys.from(tile.col0 / P::kPerUnit);
     P::multiply(depth, dp, rows, P::by_query(w.d_probs, rows, ld, w.probs), key_rows.data, key_rows.stride, d_queries,
-                dp, true);
-    unit.add_back(head.d_q, row0, tile.queries, w.d_queries);
+                dp, d_queries != w.d_queries && !first.queries);
+    unit.add_back(head.d_q, row0, tile.queries, w.d_queries, first.queries);
   }
-  unit.add_back(head.d_k, unit.key0, unit.num_keys, w.d_keys);
-  unit.add_back(head.d_v, unit.key0, unit.num_keys, w.d_values);
+  unit.add_back(head.d_k, unit.key0, unit.num_keys, w.d_keys, first.keys);
+  unit.add_back(head.d_v, unit.key0, unit.num_keys, w.d_values, first.keys);
 }
 
 }  // namespace torus::TORUS_ISA

@@ -187,7 +187,8 @@ TORUS_INLINE Rows<T> rows_of(const Tokens& tokens, DType dtype, int64_t batch, i
 template <class T>
 void transpose(const T* src, int64_t n, int64_t width, int64_t lds, T* dst, int64_t ldd) {
   for (int64_t i = 0; i < n; i += kLanes<T>)
-    for (int64_t d = 0; d < width; d += kLanes<T>) transpose_block(src + i * lds + d, lds, dst + d * ldd + i, ldd);
+    for (int64_t d = 0; d < width; d += kLanes<T>)
+      transpose_block<T>([&](int64_t r) { return src + (i + r) * lds + d; }, dst + d * ldd + i, ldd);
 }
 
 // Rows of tokens as the kernels read them: padded to whole vectors.
@@ -197,6 +198,16 @@ struct TokenRows {
   int64_t stride;
   TORUS_INLINE const E* at(int64_t token) const { return data + token * stride; }
   TORUS_INLINE TokenRows from(int64_t token) const { return {at(token), stride}; }
+};
+
+// Rows of any tokens, the zero row behind the last of them.
+template <class E>
+struct ScatteredRows {
+  TokenRows<E> from;
+  const int64_t* tokens;
+  int64_t count;
+  const E* zeros;
+  TORUS_INLINE const E* at(int64_t i) const { return i < count ? from.at(tokens[i]) : zeros; }
 };
 
 // Rows of a line lie far apart, where no hardware prefetcher finds them.

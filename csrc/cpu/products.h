@@ -28,20 +28,15 @@ struct VectorProducts {
 
   static TORUS_INLINE int64_t units_of_depth(int64_t depth) { return depth; }
 
-  // rows [n, dp] -> [dp, ld], zeros up to the next vector.
-  static TORUS_INLINE void turn(const TokenRows<T>& rows, int64_t n, int64_t dp, T* turned, int64_t ld) {
-    constexpr int64_t lanes = kLanes<T>;
-    const int64_t whole = n / lanes * lanes;
-    transpose(rows.data, whole, dp, rows.stride, turned, ld);
-    if (whole == n) return;
-    T tail[lanes * lanes];
-    for (int64_t d = 0; d < dp; d += lanes) {
-      zero(tail, lanes * lanes);
-      for (int64_t r = whole; r < n; ++r) copy_row(rows.at(r) + d, tail + (r - whole) * lanes, lanes);
-      transpose_block(tail, lanes, turned + d * ld + whole, ld);
-    }
+  // rows [n, dp], n a multiple of a vector -> [dp, ld].
+  template <class Rows>
+  static TORUS_INLINE void turn(const Rows& rows, int64_t n, int64_t dp, T* turned, int64_t ld) {
+    for (int64_t i = 0; i < n; i += kLanes<T>)
+      for (int64_t d = 0; d < dp; d += kLanes<T>)
+        transpose_block<T>([&](int64_t r) { return rows.at(i + r) + d; }, turned + d * ld + i, ld);
   }
-  // rows [n, dp] as they are; `buffer` is not needed.
+
+  // rows [n, dp] as they are; the buffer is not needed.
   static TORUS_INLINE TokenRows<T> stack(const TokenRows<T>& rows, int64_t, int64_t, T*) { return rows; }
 
   static TORUS_INLINE Left left(const TokenRows<T>& rows) { return {rows.data, every(rows.stride), every(1)}; }

@@ -55,23 +55,29 @@ struct TileProducts {
 
   static TORUS_INLINE int64_t units_of_depth(int64_t depth) { return depth / kPerUnit; }
 
-  // rows [n, dp], padded to the grain -> [dp / 2, ld] units: 32-bit blocks turned.
-  static TORUS_INLINE void turn(const TokenRows<BFloat16>& rows, int64_t n, int64_t dp, Unit* turned, int64_t ld) {
+  // rows [n, dp], n a multiple of 16 -> [dp / 2, ld] units: 32-bit blocks turned.
+  template <class Rows>
+  static TORUS_INLINE void turn(const Rows& rows, int64_t n, int64_t dp, Unit* turned, int64_t ld) {
     for (int64_t i = 0; i < n; i += kTile)
       for (int64_t d = 0; d < dp; d += 2 * kTile)
-        transpose_block(reinterpret_cast<const Unit*>(rows.at(i) + d), rows.stride / 2, turned + d / 2 * ld + i, ld);
+        transpose_block<Unit>([&](int64_t r) { return reinterpret_cast<const Unit*>(rows.at(i + r) + d); },
+                              turned + d / 2 * ld + i, ld);
   }
-  // rows [n, dp], padded -> [n / 2, dp] units: pairs of rows interleaved.
-  static TORUS_INLINE TokenRows<Unit> stack(const TokenRows<BFloat16>& rows, int64_t n, int64_t dp, Unit* stacked) {
+  // rows [n, dp], n even -> [n / 2, dp] units: pairs of rows interleaved.
+  template <class Rows>
+  static TORUS_INLINE TokenRows<Unit> stack(const Rows& rows, int64_t n, int64_t dp, Unit* stacked) {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                          5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    for (int64_t r = 0; r < n; r += 2)
+    for (int64_t r = 0; r < n; r += 2) {
+      const BFloat16 *const even_row = rows.at(r), *const odd_row = rows.at(r + 1);
+      Unit* const to = stacked + r / 2 * dp;
       for (int64_t d = 0; d < dp; d += 2 * kTile) {
-        const __m512i even = _mm512_loadu_si512(rows.at(r) + d), odd = _mm512_loadu_si512(rows.at(r + 1) + d);
-        _mm512_storeu_si512(stacked + r / 2 * dp + d, _mm512_permutex2var_epi16(even, low, odd));
-        _mm512_storeu_si512(stacked + r / 2 * dp + d + kTile, _mm512_permutex2var_epi16(even, high, odd));
+        const __m512i even = _mm512_loadu_si512(even_row + d), odd = _mm512_loadu_si512(odd_row + d);
+        _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(even, low, odd));
+        _mm512_storeu_si512(to + d + kTile, _mm512_permutex2var_epi16(even, high, odd));
       }
+    }
     return {stacked, dp};
   }
 
@@ -92,7 +98,8 @@ struct TileProducts {
           const float* even = tile + (r + 2 * i) * ld + q;
           _mm512_storeu_si512(units + i * kTile, pair_units(load(even), load(even + ld)));
         }
-        transpose_block(units, kTile, reinterpret_cast<Unit*>(probs + q * n + r), n / 2);
+        transpose_block<Unit>([&](int64_t i) { return units + i * kTile; }, reinterpret_cast<Unit*>(probs + q * n + r),
+                              n / 2);
       }
     return {probs, n};
   }

@@ -177,15 +177,15 @@ TORUS_INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (from + I / 2 + (I % 2 ? LANES : 0))...);
 }
 
-// A LANES x LANES block turned: rows of src (stride src_row) become columns of dst (stride dst_row).
-template <class T>
-TORUS_INLINE void transpose_block(const T* src, int64_t src_row, T* dst, int64_t dst_row) {
+// A LANES x LANES block turned: row(i) of the source becomes column i of dst (stride dst_row).
+template <class T, class Row>
+TORUS_INLINE void transpose_block(Row row, T* dst, int64_t dst_row) {
   constexpr int n = kLanes<T>;
   using V = Vec<T>;
   using Sequence = std::make_integer_sequence<int, n>;
   V rows[n], next[n];
 #pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) rows[i] = load(src + i * src_row);
+  for (int i = 0; i < n; ++i) rows[i] = load(row(i));
 #pragma GCC unroll 4
   for (int stage = 1; stage < n; stage *= 2) {
 #pragma GCC unroll 16
