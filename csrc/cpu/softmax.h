@@ -172,7 +172,7 @@ void softmax_backward_row(T* scores, T* d_probs, int64_t n, T scale, T scale2, S
 }
 
 // Calls call(vectors, streams) with both as constants where a row of this many vectors has code of its own (`vectors`
-// is 0 where it has not): those of the common tiles, which then keep their exponentials in registers.
+// is 0 where it has not): those of the default windows, closed and causal, which keep their exponentials in registers.
 template <class T, class F>
 TORUS_INLINE void with_row_shape(int64_t n, int count, F call) {
   const auto with_streams = [&](auto vectors) __attribute__((always_inline)) {
@@ -181,13 +181,7 @@ TORUS_INLINE void with_row_shape(int64_t n, int count, F call) {
   };
   if constexpr (kVectorRegisters == 32 && sizeof(T) == 4) {
     switch (n / kLanes<T>) {
-      case 1: return with_streams(std::integral_constant<int, 1>{});
-      case 2: return with_streams(std::integral_constant<int, 2>{});
-      case 3: return with_streams(std::integral_constant<int, 3>{});
-      case 4: return with_streams(std::integral_constant<int, 4>{});
-      case 5: return with_streams(std::integral_constant<int, 5>{});
       case 6: return with_streams(std::integral_constant<int, 6>{});
-      case 8: return with_streams(std::integral_constant<int, 8>{});
       case 11: return with_streams(std::integral_constant<int, 11>{});
     }
   }
