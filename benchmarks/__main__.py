@@ -1,13 +1,11 @@
-"""``python -m benchmarks``: the main job, the CPU suite, and the README's table."""
+"""``python -m benchmarks``: the main job, and the commands that measure."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import warnings
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from torus_kernels import BackendError
@@ -15,20 +13,27 @@ from torus_model.checkpoint import CheckpointError
 from torus_model.data import DataError
 from torus_model.train import TrainingError
 
-from . import cpu, demo, environment
+from . import arguments, compare, cpu, decode, demo, environment, gpu, gpu_report, growth, threads
 from .accuracy import WrongResult
-from .candidates import PEERS
-from .report import Report, ReportError, markdown_table
+from .report import Report, ReportError
+from .tables import markdown_report
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_EXPECTED = (BackendError, CheckpointError, DataError, OSError, ReportError, TrainingError, WrongResult)
+_COMMANDS = (cpu, growth, threads, decode, compare, gpu)
+_EXPECTED = (BackendError, CheckpointError, DataError, OSError, ReportError, TrainingError, WrongResult,
+             compare.ComparisonError)
 
 
-def _seconds(text: str) -> float:
-    value = float(text)  # argparse reports the ValueError
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a length of time in seconds")
-    return value
+def _add_table_parser(commands) -> None:
+    parser = commands.add_parser("table", help="print a report as Markdown",
+                                 description="Prints a report as Markdown, as the README shows it.")
+    parser.add_argument("report", type=Path, metavar="REPORT.json")
+    parser.set_defaults(run=lambda given, console: print(_markdown(given.report)))
+
+
+def _markdown(path: Path) -> str:
+    if gpu_report.is_gpu_report(path):
+        return gpu_report.markdown(gpu_report.GpuReport.load(path))
+    return markdown_report(Report.load(path))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,16 +43,11 @@ def _parser() -> argparse.ArgumentParser:
                     "what a PyTorch user would do instead, and trains a byte-level model. Under 6 minutes on 2 cores.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    def choice(target: argparse.ArgumentParser, flag: str, choices, default, text: str) -> None:
-        target.add_argument(flag, nargs="*", choices=sorted(choices), default=list(default), metavar="NAME",
-                            help=f"{text}, of {', '.join(choices)} (default: {' '.join(default)})")
-
-    choice(parser, "--workloads", cpu.CPU_WORKLOADS, ("field-4k", "text-4k"), "workloads to time")
-    choice(parser, "--dtypes", _DTYPES, ("float32",), "dtypes to time")
-    parser.add_argument("--seconds", type=_seconds, default=8.0, metavar="S",
-                        help="how long the rounds of one timing go on (default: %(default)g)")
-    parser.add_argument("--train-seconds", type=_seconds, default=120.0, metavar="S",
+    arguments.add_choice(parser, "--workloads", cpu.CPU_WORKLOADS, ("field-4k", "text-4k"),
+                         "workloads to time; none skips this", may_be_none=True)
+    arguments.add_dtypes(parser, ("float32",))
+    arguments.add_seconds(parser, 8.0)
+    parser.add_argument("--train-seconds", type=arguments.seconds, default=120.0, metavar="S",
                         help="length of the training run; 0 skips it (default: %(default)g)")
     parser.add_argument("--skip-training", action="store_const", const=0.0, dest="train_seconds",
                         help="the same as --train-seconds 0")
@@ -55,47 +55,29 @@ def _parser() -> argparse.ArgumentParser:
                         help="only a few rounds and 10 seconds of training: to see whether everything works")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR",
                         help="folder for the report, plots and the model (default: %(default)s)")
-
-    suite = commands.add_parser("cpu", help="time all CPU workloads for the record",
-                                description="Times all CPU workloads, writes a report (JSON) and a plot (PNG).")
-    choice(suite, "--workloads", cpu.CPU_WORKLOADS, cpu.CPU_WORKLOADS, "workloads to time")
-    choice(suite, "--dtypes", _DTYPES, tuple(_DTYPES), "dtypes to time")
-    choice(suite, "--peers", PEERS, cpu.DEFAULT_PEERS, "peers to time; dense is large, flex compiles long")
-    suite.add_argument("--seconds", type=_seconds, default=20.0, metavar="S",
-                       help="how long the rounds of one timing go on (default: %(default)g)")
-    suite.add_argument("--no-memory", action="store_false", dest="memory", help="do not measure peak memory")
-    suite.add_argument("--output", type=Path, default=cpu.default_output(), metavar="FILE",
-                       help="report to write (default: %(default)s)")
-
-    table = commands.add_parser("table", help="print the README's table of a report",
-                                description="Prints a report as a table in Markdown.")
-    table.add_argument("report", type=Path, metavar="REPORT.json")
+    parser.set_defaults(run=_run_demo)
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    _add_table_parser(commands)
     return parser
 
 
-def _run(arguments: argparse.Namespace, console: Console) -> None:
-    if arguments.command == "table":
-        print(markdown_table(Report.load(arguments.report)))
-        return
+def _run_demo(given: argparse.Namespace, console: Console) -> None:
     environment.restart_with_warm_memory()
-    dtypes = [_DTYPES[name] for name in arguments.dtypes]
-    if arguments.command == "cpu":
-        cpu.run(arguments.workloads, dtypes, arguments.peers, seconds=arguments.seconds, memory=arguments.memory,
-                output=arguments.output, console=console)
-        return
-    seconds, train_seconds = arguments.seconds, arguments.train_seconds
-    if arguments.quick:
+    seconds, train_seconds = given.seconds, given.train_seconds
+    if given.quick:
         seconds, train_seconds = min(seconds, 1.0), min(train_seconds, 10.0)
-    demo.run(demo.Settings(arguments.workloads, dtypes, seconds, train_seconds, arguments.output), console)
+    demo.run(demo.Settings(given.workloads, arguments.dtypes(given.dtypes), seconds, train_seconds, given.output),
+             console)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    given = parser.parse_args(argv)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
-        _run(arguments, Console())
+        given.run(given, Console())
     except _EXPECTED as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from torus_kernels import TorusLattice, available_backends, torus_attention
+from torus_kernels import available_backends
 from torus_kernels.backends import check_name
 
 from . import peers
-from .workloads import Attention, Workload
+from .workloads import Attention, Workload, operator_on
 
 FORWARD, BOTH = "forward", "forward+backward"
 DIRECTIONS = (FORWARD, BOTH)
@@ -31,6 +29,7 @@ class Candidate:
         computes_operator: its result is held against the operator; else it is a unit of cost.
         directions: what it can do.
         memory: bytes it needs for a workload, dtype and direction where that may be too much; 0 where it never is.
+        compiles: the first call on a workload goes through ``torch.compile``, for a minute or so.
     """
 
     name: str
@@ -39,6 +38,7 @@ class Candidate:
     computes_operator: bool = True
     directions: tuple[str, ...] = DIRECTIONS
     memory: Callable[[Workload, torch.dtype, str], int] = lambda workload, dtype, direction: 0
+    compiles: bool = False
 
 
 def _pair_tables(workload: Workload, dtype: torch.dtype, direction: str) -> int:
@@ -58,27 +58,20 @@ PEERS = {
     for candidate in (
         Candidate("compose", "compose", peers.compose),
         Candidate("compose_matmul", "compose, shared scores", peers.compose_matmul),
+        Candidate("compose_compiled", "compose, compiled", peers.compose_compiled, compiles=True),
         Candidate("flash", "one dense SDPA", peers.flash, computes_operator=False),
         Candidate("dense", "8 dense SDPA", peers.dense, memory=_dense_memory),
-        Candidate("flex", "8 flex_attention", peers.flex, directions=(FORWARD,), memory=_pair_tables),
+        Candidate("flex", "8 flex_attention", peers.flex, directions=(FORWARD,), memory=_pair_tables,
+                  compiles=True),
     )
 }
 
 OPERATOR = "torus_attention"
 
 
-def _torus_attention(
-    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, decay: Tensor, state: Tensor, alpha: Tensor,
-    lattice: TorusLattice, *, backend: str,
-) -> Tensor:
-    return torus_attention(q, k, v, lattice, stream_weights=weights, decay=decay, ema_state=state, ema_alpha=alpha,
-                           backend=backend)
-
-
 def operator(backend: str) -> Candidate:
     """The operator on a backend. Its name is `OPERATOR` whatever the backend."""
-    attention = functools.partial(_torus_attention, backend=check_name(backend))
-    return Candidate(OPERATOR, f"{OPERATOR} ({backend})", attention)
+    return Candidate(OPERATOR, f"{OPERATOR} ({backend})", operator_on(check_name(backend)))
 
 
 def best_cpu_backend() -> str:

@@ -19,8 +19,8 @@ from torus_model.train import TrainConfig, steps_per_second, train
 from . import environment, peers, plots
 from .accuracy import RESULTS, Check, WrongResult, checks, evaluate
 from .candidates import PEERS, best_cpu_backend, operator
-from .report import timing_tables
 from .suite import Suite
+from .tables import timing_tables
 from .workloads import WORKLOADS, make_inputs, smaller
 
 CHECKED = (TorusLattice(16, 24, winding=3), TorusLattice(16, 24, "causal", winding=3))

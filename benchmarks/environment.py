@@ -19,10 +19,16 @@ WARM_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_MMAP_THRESHOLD_":
 of those: without this they take up to twice the time."""
 
 
+def missing_settings() -> dict[str, str]:
+    """What of `WARM_MEMORY` has to be added to the environment; settings of the user's own are left alone."""
+    if sys.platform != "linux":
+        return {}
+    return {name: value for name, value in WARM_MEMORY.items() if name not in os.environ}
+
+
 def restart_with_warm_memory() -> None:
     """Replaces this process by one with `WARM_MEMORY` in its environment, which malloc reads only at the start."""
-    missing = {name: value for name, value in WARM_MEMORY.items() if name not in os.environ}
-    if sys.platform == "linux" and missing:
+    if missing := missing_settings():
         settings = " ".join(f"{name}={value}" for name, value in missing.items())
         print(f"Restarting with {settings}, so that freed memory stays warm.", flush=True)
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
@@ -77,6 +83,8 @@ def describe(machine: dict[str, Any]) -> str:
         machine["cpu"], f"{machine['cores']} cores", f"{machine['threads']} threads", machine["capability"],
         f"torch {machine['torch']}", f"revision {machine['revision']}" if machine["revision"] else None,
         "warm memory (" + ", ".join(f"{name}={value}" for name, value in machine["allocator"].items()) + ")" if warm
-        else "default allocator", machine["date"][:10],
+        else "default allocator",
+        None if machine["load_average"] is None else f"load average {machine['load_average']:.1f} at the start",
+        machine["date"][:10],
     ]
     return ", ".join(part for part in parts if part)

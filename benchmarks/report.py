@@ -1,24 +1,21 @@
-"""Results: kept as JSON, shown as tables."""
+"""Results, kept as JSON; `benchmarks.tables` and `benchmarks.plots` show them."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Group
-from rich.table import Table
-
-from . import environment
 from .accuracy import Check
 from .candidates import OPERATOR, PEERS
 from .timing import Spread, Timing
 
 FORMAT = 1
+
+KINDS = ("cpu", "growth", "threads", "decode", "compare")
+"""The commands that write reports."""
 
 
 class ReportError(ValueError):
@@ -62,6 +59,24 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Roofline:
+    """The useful work of one call of the operator on a case, and what the machine reached in the same run.
+
+    Attributes:
+        flops: floating-point operations of one call.
+        bytes: bytes that one call has to read and write.
+        gemm: FLOP/s of a matrix product in the case's dtype.
+        copy: bytes/s read and written by copying a large tensor.
+    """
+
+    case: Case
+    flops: int
+    bytes: int
+    gemm: float
+    copy: float
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A candidate that was not timed on a case, and why."""
 
@@ -72,7 +87,15 @@ class Skipped:
 
 @dataclass
 class Report:
-    """One session of measurements on one machine."""
+    """One session of measurements on one machine.
+
+    Attributes:
+        machine: `benchmarks.environment.machine`.
+        backend: of the operator.
+        workloads: sizes of each workload, as tables show them.
+        labels: what tables call the candidates, in the order in which they show them.
+        kind: the command that wrote it, of `KINDS`.
+    """
 
     machine: dict[str, Any]
     backend: str
@@ -81,6 +104,9 @@ class Report:
     accuracy: list[Accuracy] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    roofline: list[Roofline] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+    kind: str = "cpu"
 
     def cases(self) -> list[Case]:
         """The cases measured, in order."""
@@ -89,6 +115,11 @@ class Report:
     def timings(self, case: Case) -> dict[str, Timing]:
         """The timings of a case by candidate."""
         return {m.candidate: m.timing for m in self.measurements if m.case == case}
+
+    def columns(self) -> list[str]:
+        """The candidates measured anywhere, in the order of their labels."""
+        measured = {m.candidate for m in self.measurements}
+        return [name for name in self.labels if name in measured]
 
     def ratio(self, case: Case, candidate: str) -> Spread:
         """How many times as long as the operator the candidate takes: quartiles of the ratios of every round."""
@@ -106,6 +137,8 @@ class Report:
         for measurement in fields["measurements"]:
             timing = measurement["timing"]
             timing["seconds"] = [float(f"{s:.5g}") for s in timing["seconds"]]
+        for entry in fields["roofline"]:
+            entry |= {name: float(f"{entry[name]:.4g}") for name in ("gemm", "copy")}
         path.write_text(_compact(fields) + "\n")
 
     @classmethod
@@ -121,6 +154,9 @@ class Report:
             if fields["format"] != FORMAT:
                 raise ReportError(f"{path} has format {fields['format']}, this version reads {FORMAT}")
 
+            if (kind := fields.get("kind", "cpu")) not in KINDS:
+                raise ReportError(f"{path} holds a report of kind {kind!r}, this version reads {', '.join(KINDS)}")
+
             def case(entry: dict[str, Any]) -> Case:
                 return Case(**entry.pop("case"))
 
@@ -132,8 +168,10 @@ class Report:
                 [Accuracy(case(a), a["candidate"], Check(**a["check"])) for a in fields["accuracy"]],
                 [Memory(case(m), **m) for m in fields["memory"]],
                 [Skipped(case(s), **s) for s in fields["skipped"]],
+                [Roofline(case(r), **r) for r in fields.get("roofline", [])],
+                fields.get("labels") or default_labels(fields["backend"]), kind,
             )
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
             raise ReportError(f"{path} does not hold a benchmark report: {error!r}") from error
 
 
@@ -149,73 +187,6 @@ def _compact(fields: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}"
 
 
-def label(candidate: str, backend: str) -> str:
-    """What a candidate is called in tables and plots."""
-    return f"{OPERATOR} ({backend})" if candidate == OPERATOR else PEERS[candidate].label
-
-
-def columns(report: Report) -> list[str]:
-    """The candidates measured anywhere in the report: the operator, then its peers in their usual order."""
-    measured = {m.candidate for m in report.measurements}
-    return [name for name in (OPERATOR, *PEERS) if name in measured]
-
-
-def milliseconds(seconds: float) -> str:
-    """To three digits, without the unit."""
-    return f"{seconds * 1e3:.{0 if seconds >= 0.1 else 1 if seconds >= 0.01 else 2}f}"
-
-
-def factor(ratio: float) -> str:
-    """A ratio as tables show it."""
-    return f"{ratio:.{1 if ratio < 20 else 0}f}x"
-
-
-def timing_tables(report: Report) -> Group:
-    """A table for each case: milliseconds, and how many times as long as the operator, as median and quartiles."""
-    tables = []
-    for case in report.cases():
-        table = Table(title=f"{case.workload}, {case.dtype}, {case.direction}", box=box.SIMPLE_HEAD,
-                      title_justify="left", padding=(0, 1))
-        for header, width in (("", 26), ("ms", 5), ("quartiles", 13), ("ratio", 5), ("quartiles", 13)):
-            table.add_column(header, justify="right" if header else "left", min_width=width)
-        timings = report.timings(case)
-        for name in (name for name in columns(report) if name in timings):
-            spread = timings[name].spread
-            cells = [label(name, report.backend), milliseconds(spread.median),
-                     f"{milliseconds(spread.lower)} - {milliseconds(spread.upper)}"]
-            if name != OPERATOR:
-                ratio = report.ratio(case, name)
-                cells += [factor(ratio.median), f"{factor(ratio.lower)} - {factor(ratio.upper)}"]
-            table.add_row(*cells)
-        tables.append(table)
-    return Group(*tables)
-
-
-def _cells(report: Report, case: Case, names: list[str]) -> Iterator[str]:
-    timings = report.timings(case)
-    for name in names:
-        if name not in timings:
-            yield "-"
-        elif name == OPERATOR:
-            yield f"{milliseconds(timings[name].spread.median)} ms"
-        else:
-            yield f"{milliseconds(timings[name].spread.median)} ms ({factor(report.ratio(case, name).median)})"
-
-
-def markdown_table(report: Report) -> str:
-    """The table of the README: medians, and in parentheses the median ratio to the operator."""
-    names = columns(report)
-    head = ["workload", "dtype", "direction", *(label(name, report.backend) for name in names)]
-    with_memory = any(m.candidate == OPERATOR for m in report.memory)
-    lines = ["| " + " | ".join([*head, *(["peak memory"] if with_memory else [])]) + " |"]
-    lines.append("|" + " --- |" * 3 + " ---: |" * (len(names) + with_memory))
-    for case in report.cases():
-        cells = [case.workload, case.dtype, case.direction, *_cells(report, case, names)]
-        if with_memory:
-            peak = report.peak(case, OPERATOR)
-            cells.append("-" if peak is None else f"{peak / 2**20:.0f} MiB")
-        lines.append("| " + " | ".join(cells) + " |")
-    sizes = "; ".join(f"`{name}`: {sizes}" for name, sizes in report.workloads.items())
-    note = (f"Medians of rounds that run every column once; in parentheses how many times as long as "
-            f"`{OPERATOR}`. {sizes}. {environment.describe(report.machine)}.")
-    return "\n".join([*lines, "", note])
+def default_labels(backend: str) -> dict[str, str]:
+    """Labels of the operator on a backend and of all its peers, in their usual order."""
+    return {OPERATOR: f"{OPERATOR} ({backend})"} | {name: peer.label for name, peer in PEERS.items()}

@@ -8,23 +8,49 @@ from collections.abc import Callable, Sequence
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import environment, peers
-from .accuracy import FACTOR, PEER_FACTOR, Gate, WrongResult
+from . import environment, peers, roofline
+from .accuracy import Gate, WrongResult
 from .candidates import BOTH, DIRECTIONS, OPERATOR, Candidate, free_memory
-from .report import Accuracy, Case, Measurement, Report, Skipped
+from .progress import Say, silent, steps
+from .report import Accuracy, Case, Measurement, Report, Roofline, Skipped
 from .timing import time_side_by_side
-from .workloads import Workload, cpu_inputs
+from .workloads import Inputs, Workload, cpu_inputs
+
+MANY_TOKENS = 10_000
+"""Sequence length beyond which the first and the last head alone are judged: the truth is expensive."""
 
 
-def _why_not(candidate: Candidate, workload: Workload, dtype: torch.dtype, direction: str) -> str | None:
+def why_not(candidate: Candidate, workload: Workload, dtype: torch.dtype, direction: str) -> str | None:
+    """Why a candidate cannot be measured, None where it can."""
     if direction not in candidate.directions:
         return f"{candidate.label} has no {direction} on this device"
     needed, free = candidate.memory(workload, dtype, direction), free_memory()
     if needed > free:
         return f"needs about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
     return None
+
+
+def make_gate(workload: Workload, inputs: Inputs, direction: str) -> Gate:
+    """The gate of a case. Its truth is `compose` in float64, which is within reach at any size and which tests hold
+    against the reference."""
+    heads = (0, workload.heads - 1) if workload.seq_len > MANY_TOKENS else None
+    return Gate(inputs, peers.compose, backward=direction == BOTH, heads=heads)
+
+
+def call(candidate: Candidate, inputs: Inputs, direction: str) -> Callable[[], object]:
+    """What is timed."""
+    run = inputs.forward_backward if direction == BOTH else inputs.forward
+    return lambda: run(candidate.attention)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class Suite:
@@ -35,35 +61,34 @@ class Suite:
         candidates: the operator and its peers, in any order.
         seconds: how long the rounds of one case go on.
         min_rounds, max_rounds: as in `time_side_by_side`.
+        with_roofline: measure what the machine reaches, too.
     """
 
     def __init__(
         self, backend: str, candidates: Sequence[Candidate], *, seconds: float, min_rounds: int = 5,
-        max_rounds: int = 50,
+        max_rounds: int = 50, with_roofline: bool = False,
     ) -> None:
-        self.report = Report(environment.machine(), backend)
+        labels = {candidate.name: candidate.label for candidate in candidates}
+        self.report = Report(environment.machine(), backend, labels=labels)
         self._candidates = candidates
         self._limits = {"seconds": seconds, "min_rounds": min_rounds, "max_rounds": max_rounds}
+        self._with_roofline = with_roofline
+        self._peaks: dict[torch.dtype, roofline.Peaks] = {}
 
-    def measure(
-        self, workload: Workload, dtype: torch.dtype, direction: str, say: Callable[[str], None] = lambda text: None
-    ) -> None:
+    def measure(self, workload: Workload, dtype: torch.dtype, direction: str, say: Say = silent) -> None:
         """Checks and times every candidate that can do this case; ``say`` is told what is going on.
 
-        The truth is `compose` in float64, which is within reach at this size and which tests hold against the
-        reference.
-
         Raises:
-            WrongResult: the operator exceeds its error budget. A peer that does is skipped.
+            WrongResult: the operator exceeds its error budget. A peer that does, or that cannot run, is skipped.
         """
-        case = Case(workload.name, str(dtype).removeprefix("torch."), direction)
+        case = Case(workload.name, dtype_name(dtype), direction)
         self.report.workloads[workload.name] = workload.describe()
         inputs = cpu_inputs(workload, dtype)
         say("float64 truth")
-        gate = Gate(inputs, peers.compose, backward=direction == BOTH)
+        gate = make_gate(workload, inputs, direction)
         admitted: dict[str, Candidate] = {}
         for candidate in self._candidates:
-            reason = _why_not(candidate, workload, dtype, direction)
+            reason = why_not(candidate, workload, dtype, direction)
             if reason is None and candidate.computes_operator:
                 say(f"checking {candidate.label}")
                 reason = self._refused(gate, candidate, case)
@@ -74,32 +99,32 @@ class Suite:
         del gate
         gc.collect()
 
-        def call(candidate: Candidate) -> Callable[[], object]:
-            run = inputs.forward_backward if direction == BOTH else inputs.forward
-            return lambda: run(candidate.attention)
-
         say("warming up")
-        done = 0
-
-        def count() -> None:
-            nonlocal done
-            done += 1
-            say(f"round {done}")
-
         timings = time_side_by_side(
-            {name: call(candidate) for name, candidate in admitted.items()}, on_round=count, **self._limits
+            {name: call(candidate, inputs, direction) for name, candidate in admitted.items()},
+            on_round=lambda done: say(f"round {done}"), **self._limits,
         )
         self.report.measurements += [Measurement(case, name, timing) for name, timing in timings.items()]
+        if self._with_roofline and OPERATOR in timings:
+            say("matrix product and copy")
+            if dtype not in self._peaks:
+                self._peaks[dtype] = roofline.measure_peaks(dtype)
+            peaks = self._peaks[dtype]
+            self.report.roofline.append(Roofline(
+                case, roofline.useful_flops(workload, direction), roofline.useful_bytes(workload, dtype, direction),
+                peaks.gemm, peaks.copy,
+            ))
 
     def _refused(self, gate: Gate, candidate: Candidate, case: Case) -> str | None:
         is_operator = candidate.name == OPERATOR
         try:
-            found = gate.check(candidate.label, candidate.attention, factor=FACTOR if is_operator else PEER_FACTOR)
-        except WrongResult as error:
+            found = gate.check(candidate.label, candidate.attention, peer=not is_operator)
+        except RuntimeError as error:  # a wrong result, or what the compiler of a peer raises
             if is_operator:
                 raise
-            warnings.warn(str(error), stacklevel=2)
-            return str(error)
+            reason = str(error) if isinstance(error, WrongResult) else f"{candidate.label} fails: {_first_line(error)}"
+            warnings.warn(reason, stacklevel=2)
+            return reason
         worst = max(found, key=lambda check: check.error / check.budget)
         self.report.accuracy.append(Accuracy(case, candidate.name, worst))
         return None
@@ -111,15 +136,8 @@ class Suite:
         and a line for each elsewhere."""
         cases = [(workload, dtype, direction) for workload in workloads for dtype in dtypes if dtype in workload.dtypes
                  for direction in DIRECTIONS]
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                   TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("", total=len(cases))
+        with steps(console, len(cases)) as start:
             for workload, dtype, direction in cases:
-                head = f"{workload.name}, {str(dtype).removeprefix('torch.')}, {direction}"
-                if not console.is_terminal:
-                    console.print(f"Timing {head}", highlight=False)
                 self.measure(workload, dtype, direction,
-                             lambda text, head=head: progress.update(task, description=f"{head}: {text}"))
-                progress.advance(task)
+                             start(f"Timing {workload.name}, {dtype_name(dtype)}, {direction}"))
         return self.report

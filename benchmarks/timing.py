@@ -12,6 +12,9 @@ from dataclasses import dataclass
 WARM_UPS = 3
 """Calls before the first that counts: caches fill, and the heap reaches the size at which it stops growing."""
 
+LONG_CALL = 2.0
+"""Seconds of warming up after which a candidate is warm, however few its calls."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -49,13 +52,24 @@ def _page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
+def _warm_up(name: str, run: Callable[[], object], prepare: Callable[[str], None] | None) -> None:
+    if prepare is not None:
+        prepare(name)
+    started = time.perf_counter()
+    for _ in range(WARM_UPS):
+        run()
+        if time.perf_counter() - started > LONG_CALL:
+            break
+
+
 def time_side_by_side(
     candidates: Mapping[str, Callable[[], object]],
     *,
     seconds: float = 10.0,
     min_rounds: int = 5,
     max_rounds: int = 50,
-    on_round: Callable[[], None] | None = None,
+    on_round: Callable[[int], None] | None = None,
+    prepare: Callable[[str], None] | None = None,
 ) -> dict[str, Timing]:
     """Runs all candidates in turn, round after round, until ``seconds`` have passed.
 
@@ -64,11 +78,11 @@ def time_side_by_side(
         seconds: how long to go on, warm-up excluded.
         min_rounds: rounds made however long they take.
         max_rounds: rounds after which to stop early.
-        on_round: called after every round.
+        on_round: called after every round with the number of rounds made.
+        prepare: called with the name of each candidate before it runs, untimed.
     """
-    for run in candidates.values():
-        for _ in range(WARM_UPS):
-            run()
+    for name, run in candidates.items():
+        _warm_up(name, run, prepare)
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     faults: dict[str, list[int]] = {name: [] for name in candidates}
     order, shuffle = list(candidates), random.Random(0).shuffle
@@ -78,10 +92,12 @@ def time_side_by_side(
             break
         shuffle(order)  # nobody always runs after the same neighbour
         for name in order:
+            if prepare is not None:
+                prepare(name)
             run, faults_before, before = candidates[name], _page_faults(), time.perf_counter()
             run()
             taken[name].append(time.perf_counter() - before)
             faults[name].append(_page_faults() - faults_before)
         if on_round is not None:
-            on_round()
+            on_round(done + 1)
     return {name: Timing(tuple(taken[name]), statistics.median(faults[name])) for name in candidates}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from torus_kernels import DEFAULT_DECAY, TorusLattice
+from torus_kernels import DEFAULT_DECAY, TorusLattice, torus_attention
 from torus_kernels.lattice import NUM_STREAMS
 
 # In the order in which peers take them and gradients are reported.
@@ -18,6 +18,19 @@ DIFFERENTIABLE = ("q", "k", "v", "weights", "decay", "state", "alpha")
 Attention = Callable[..., Tensor]
 """``(q, k, v, weights, decay, state, alpha, lattice) -> out``: tokens ``[B, H, T, D]``, weights and decay ``[H, 8]``,
 alpha ``[H]``, differentiable with respect to all seven tensors. Operator and peers are called this way."""
+
+
+def operator_on(backend: str) -> Attention:
+    """The operator on a backend, called as an `Attention`."""
+
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, weights: Tensor, decay: Tensor, state: Tensor, alpha: Tensor,
+        lattice: TorusLattice,
+    ) -> Tensor:
+        return torus_attention(q, k, v, lattice, stream_weights=weights, decay=decay, ema_state=state,
+                               ema_alpha=alpha, backend=backend)
+
+    return attention
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,7 @@ class Workload:
     heads: int
     head_dim: int
     cpu_batch: int = 1
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
     @property
     def seq_len(self) -> int:
@@ -67,8 +80,16 @@ WORKLOADS = {
         # Loops whose length is no multiple of a vector.
         Workload("field-60x36", _torus(60, 36, winding=3), batch=1, heads=8, head_dim=64),
         Workload("field-90x180", _torus(90, 180, winding=2), batch=1, heads=8, head_dim=64),
+        # The third topology: longitude is closed, latitude is open.
+        Workload("cylinder-4k", _torus(64, 64, "cylinder"), batch=4, heads=8, head_dim=64),
     )
 }
+
+
+def head_dimension(x: Tensor) -> int:
+    """Which dimension of an input, an output or a gradient counts heads: 1 of tokens ``[B, H, T, D]``, 0 of
+    parameters."""
+    return 1 if x.dim() == 4 else 0
 
 
 @dataclass
@@ -95,6 +116,14 @@ class Inputs:
         parameters = ("weights", "decay", "alpha")
         return dataclasses.replace(self, **{
             name: getattr(self, name).to(wide if name in parameters else dtype)
+            for name in (*DIFFERENTIABLE, "d_out")
+        })
+
+    def of_heads(self, heads: Sequence[int]) -> Inputs:
+        """The inputs of these heads alone."""
+        index = torch.tensor(heads)
+        return dataclasses.replace(self, **{
+            name: (x := getattr(self, name)).index_select(head_dimension(x), index)
             for name in (*DIFFERENTIABLE, "d_out")
         })
 

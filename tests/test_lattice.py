@@ -157,6 +157,44 @@ class TestVisibility:
             assert rho_squared.max() < 1e-20
 
 
+class TestByDisplacement:
+    @pytest.mark.parametrize("stream", Stream)
+    @pytest.mark.parametrize("lattice", [TorusLattice(4, 6, "causal", winding=2),
+                                         TorusLattice(3, 5, "causal", cross_radius=(3, 7)),
+                                         TorusLattice(2, 9, "causal", winding=8, cross_radius=(2**62, 1))])
+    def test_lags_are_a_row_of_the_dense_geometry(self, lattice, stream):
+        n = lattice.num_sites
+        visible, rho_squared = lattice.lag_geometry(stream, torch.arange(-2, 2 * n))
+        assert not visible[:2].any()
+        assert not visible[n + 2 :].any()
+        expected = dense.lags(lattice, int(stream), n)
+        assert (visible.nonzero().flatten() - 2).tolist() == sorted(expected)
+        torch.testing.assert_close(rho_squared[visible].tolist(), [expected[lag] for lag in sorted(expected)])
+        assert not rho_squared[~visible].any()
+
+    @given(lattices(topologies=("periodic", "cylinder")))
+    def test_displacements_are_those_of_the_dense_geometry(self, lattice):
+        major, minor = torch.arange(lattice.n_major), torch.arange(lattice.n_minor)
+        u, v = major.repeat_interleave(lattice.n_minor), minor.repeat(lattice.n_major)
+        for stream in Stream:
+            visible, rho_squared = lattice.displacement_geometry(stream, u[:, None] - u, v[:, None] - v)
+            expected, expected_rho_squared = dense.geometry(lattice, int(stream), lattice.num_sites)
+            assert torch.equal(visible, expected), stream
+            torch.testing.assert_close(rho_squared, expected_rho_squared, rtol=1e-14, atol=0)
+
+    def test_displacements_broadcast(self):
+        a, b = torch.arange(-3, 4)[:, None], torch.arange(6)
+        visible, rho_squared = TorusLattice(4, 6, "cylinder").displacement_geometry(Stream.major_forward, a, b)
+        assert visible.shape == rho_squared.shape == (7, 6)
+        assert visible.nonzero().tolist() == [[a, 0] for a in range(3, 7)]
+
+    def test_each_belongs_to_its_topologies(self):
+        with pytest.raises(ValueError, match="lags belong to the causal topology, this lattice is periodic"):
+            TorusLattice(4, 4).lag_geometry(0, torch.arange(3))
+        with pytest.raises(ValueError, match="displacements belong to the periodic and the cylinder topology"):
+            TorusLattice(4, 4, "causal").displacement_geometry(0, torch.arange(3), torch.arange(3))
+
+
 class TestErrors:
     @pytest.mark.parametrize("name", ["n_major", "n_minor", "winding"])
     @pytest.mark.parametrize("value", [4.0, "4", None, True, [4], torch.tensor(4.0)], ids=repr)

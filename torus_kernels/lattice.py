@@ -250,6 +250,25 @@ class TorusLattice:
             visible, rho_squared = self._grid_geometry(stream, u[:, None] - u[None, :], v[:, None] - v[None, :])
         return visible, rho_squared.masked_fill(~visible, 0.0)
 
+    def displacement_geometry(
+        self, stream: Stream, a: torch.Tensor, b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`stream_geometry` by displacement: whether a key is visible from there, and how far away it is.
+
+        Args:
+            stream: one of the eight.
+            a: ``u - u'`` of query and key, integers of any shape and sign; on the cylinder, where the major axis is
+                open, the sign matters. Not for the causal topology, where visibility depends on the lag.
+            b: ``v - v'``, likewise, of a shape that broadcasts with that of ``a``.
+
+        Returns:
+            ``visible`` bool and ``rho_squared`` float64, of the common shape of ``a`` and ``b``.
+        """
+        if self.is_causal:
+            raise ValueError("displacements belong to the periodic and the cylinder topology, this lattice is causal")
+        visible, rho_squared = self._grid_geometry(Stream(stream), *torch.broadcast_tensors(a, b))
+        return visible, rho_squared.masked_fill(~visible, 0.0)
+
     def lag_geometry(self, stream: Stream, lag: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`stream_geometry` by lag: whether a key ``lag`` tokens behind its query is visible, and how far away it is.
 

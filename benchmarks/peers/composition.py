@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torus_kernels import TorusLattice
 
+from .compiling import allow_recompiles
 from .tiling import Blocks, Family, StreamMask, families
 
 
@@ -83,37 +84,35 @@ class _Splitter:
 class _Mask:
     """What one stream adds to a block's scores."""
 
-    def __init__(self, mask: StreamMask) -> None:
-        self.stream = mask.stream
+    def __init__(self, mask: StreamMask, dtype: torch.dtype) -> None:
+        self.stream = mask.stream.index
         self.columns = slice(mask.first, mask.last)
-        self._rho_squared = mask.rho_squared
-        self._hidden = torch.zeros(mask.visible.shape).masked_fill(~mask.visible, float("-inf"))
+        self._rho_squared = mask.rho_squared.to(dtype)
+        self._hidden = torch.zeros_like(self._rho_squared).masked_fill(~mask.visible, float("-inf"))
 
     def bias(self, decay: Tensor, dtype: torch.dtype) -> Tensor:
         """``[H, Q, columns]``: the geodesic bias where visible, else -inf."""
-        if self._rho_squared.dtype != decay.dtype:
-            self._rho_squared, self._hidden = self._rho_squared.to(decay.dtype), self._hidden.to(decay.dtype)
-        strength = decay[:, self.stream.index, None, None]
+        strength = decay[:, self.stream, None, None]
         return torch.addcmul(self._hidden, strength, self._rho_squared, value=-0.5).to(dtype)
 
 
 class _Part:
     """Blocks that look alike, ready to be cut out of the tokens."""
 
-    def __init__(self, blocks: Blocks, batch: int, heads: int, seq_len: int) -> None:
+    def __init__(self, blocks: Blocks, batch: int, heads: int, seq_len: int, dtype: torch.dtype) -> None:
         self.split_queries = _Splitter(blocks.queries, batch, heads, seq_len)
         same = torch.equal(blocks.queries, blocks.keys)
         self.split_keys = self.split_queries if same else _Splitter(blocks.keys, batch, heads, seq_len)
         self.num_keys = blocks.keys.shape[1]
-        self.masks = tuple(_Mask(mask) for mask in blocks.masks)
+        self.masks = tuple(_Mask(mask, dtype) for mask in blocks.masks)
 
 
 class _Plan:
-    """A family with its indices for ``batch`` and ``heads``."""
+    """A family with its indices for ``batch`` and ``heads``, and its distances in the dtype of the decay."""
 
-    def __init__(self, family: Family, batch: int, heads: int) -> None:
+    def __init__(self, family: Family, batch: int, heads: int, dtype: torch.dtype) -> None:
         seq_len = family.place.numel()
-        self.parts = [_Part(blocks, batch, heads, seq_len) for blocks in family.blocks]
+        self.parts = [_Part(blocks, batch, heads, seq_len, dtype) for blocks in family.blocks]
         rows = sum(blocks.queries.numel() for blocks in family.blocks)
         self.in_order = torch.equal(family.place, torch.arange(rows))
         place = torch.arange(batch)[:, None] * rows + family.place
@@ -129,8 +128,10 @@ class _Plan:
 
 
 @functools.lru_cache(maxsize=16)
-def _plans(lattice: TorusLattice, batch: int, heads: int, seq_len: int) -> tuple[_Plan, ...]:
-    return tuple(_Plan(family, batch, heads) for family in families(lattice, seq_len))
+def _plans(
+    lattice: TorusLattice, batch: int, heads: int, seq_len: int, dtype: torch.dtype
+) -> tuple[_Plan, ...]:
+    return tuple(_Plan(family, batch, heads, dtype) for family in families(lattice, seq_len))
 
 
 def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, part: _Part, weights: Tensor, decay: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, part: _Part, weights: Tensor, 
     for mask in part.masks:
         bias = mask.bias(decay, q.dtype)[None]
         o = F.scaled_dot_product_attention(q, k[:, :, mask.columns], v[:, :, mask.columns], attn_mask=bias)
-        weight = weights[:, mask.stream.index, None, None]
+        weight = weights[:, mask.stream, None, None]
         mixed = weight * o if mixed is None else torch.addcmul(mixed, weight, o)
     return mixed
 
@@ -151,26 +152,26 @@ def _attend_matmul(q: Tensor, k: Tensor, v: Tensor, part: _Part, weights: Tensor
     for mask in part.masks:
         unseen = (mask.columns.start, part.num_keys - mask.columns.stop)
         bias = F.pad(mask.bias(decay, q.dtype), unseen, value=float("-inf"))
-        weight = weights[:, mask.stream.index, None, None].to(q.dtype)
+        weight = weights[:, mask.stream, None, None].to(q.dtype)
         probs = (scores + bias).softmax(dim=-1)
         mixed = weight * probs if mixed is None else torch.addcmul(mixed, weight, probs)
     return mixed @ v
 
 
-def _compose(
-    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, weights: Tensor, decay: Tensor, state: Tensor,
-    alpha: Tensor, lattice: TorusLattice,
+def _mix(
+    attend: Callable[..., Tensor], plans: tuple[_Plan, ...], q: Tensor, k: Tensor, v: Tensor, weights: Tensor,
+    decay: Tensor, state: Tensor, alpha: Tensor,
 ) -> Tensor:
-    batch, heads, seq_len, _ = q.shape
+    """The sum over the families, and the compounding."""
     y = None
-    for plan in _plans(lattice, batch, heads, seq_len):
+    for plan in plans:
         outputs = []
         for part in plan.parts:
             blocks = (part.split_queries(q), part.split_keys(k), part.split_keys(v))
             outputs.append(attend(*blocks, part, weights, decay))
-        merged = plan.merge(outputs, batch)
-        y = merged if y is None else y + merged
-    y = y.transpose(1, 2).to(alpha.dtype)  # [B, H, T, D]
+        merged = plan.merge(outputs, q.shape[0])
+        y = merged.to(alpha.dtype) if y is None else y + merged
+    y = y.transpose(1, 2)  # [B, H, T, D]
     return torch.lerp(state.to(alpha.dtype), y, alpha[:, None, None]).to(q.dtype)
 
 
@@ -178,13 +179,13 @@ def compose(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, decay: Tensor, state: Tensor, alpha: Tensor,
     lattice: TorusLattice,
 ) -> Tensor:
-    """Torus attention by batched SDPA calls, one per stream; differentiable, periodic and causal.
+    """Torus attention by batched SDPA calls, one per stream; differentiable, any topology.
 
     Tokens are permuted so that rows, columns and strands (causal: residue classes, cut into runs with the window
     that precedes them) are contiguous, once for both streams of a pair; the cross flows are square query tiles
     with their halo gathered. Shapes are those of `benchmarks.workloads.Attention`.
     """
-    return _compose(_attend_sdpa, q, k, v, weights, decay, state, alpha, lattice)
+    return _mix(_attend_sdpa, _plans(lattice, *q.shape[:3], decay.dtype), q, k, v, weights, decay, state, alpha)
 
 
 def compose_matmul(
@@ -193,4 +194,22 @@ def compose_matmul(
 ) -> Tensor:
     """`compose` with the attention written out: the two streams of a pair share their scores and the product with the
     values. Training is quicker so, because SDPA keeps no fused path for a mask that needs a gradient."""
-    return _compose(_attend_matmul, q, k, v, weights, decay, state, alpha, lattice)
+    return _mix(_attend_matmul, _plans(lattice, *q.shape[:3], decay.dtype), q, k, v, weights, decay, state, alpha)
+
+
+@functools.cache
+def _compiled_mix() -> Callable[..., Tensor]:
+    allow_recompiles()
+    return torch.compile(_mix, dynamic=False)
+
+
+def compose_compiled(
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, decay: Tensor, state: Tensor, alpha: Tensor,
+    lattice: TorusLattice,
+) -> Tensor:
+    """The quicker of the two compositions for the direction under ``torch.compile``, which fuses what lies between the
+    products: `compose` without gradients, `compose_matmul` with them. The first call on a lattice compiles for a
+    minute or so."""
+    attend = _attend_matmul if torch.is_grad_enabled() else _attend_sdpa
+    plans = _plans(lattice, *q.shape[:3], decay.dtype)
+    return _compiled_mix()(attend, plans, q, k, v, weights, decay, state, alpha)

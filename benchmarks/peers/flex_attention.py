@@ -11,13 +11,12 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from torus_kernels import Stream, TorusLattice
 
-RECOMPILE_LIMIT = 64
-"""Dynamo's default of 8 would be used up by the streams of one workload, and the rest would silently run eagerly."""
+from .compiling import allow_recompiles
 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    allow_recompiles()
     return torch.compile(flex_attention, dynamic=False)
 
 

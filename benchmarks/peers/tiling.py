@@ -20,7 +20,7 @@ from torus_kernels import Stream, TorusLattice
 TILE = 8
 """Side of the square query tiles of the cross flows."""
 
-RUN = 64
+RUN = 128
 """Queries in a block of a causal line stream."""
 
 
@@ -60,12 +60,14 @@ def tile_side(length: int, target: int = TILE) -> int:
     return min(near, key=lambda n: abs(n - target), default=min(length, target))
 
 
-def _visible_columns(seen: list[Tensor]) -> Tensor:
-    """Indices of the candidates that any stream sees, ordered: the first stream's only, shared, the second's only."""
-    columns = torch.stack([visible.any(dim=0) for visible in seen])  # [streams, candidates]
+def _seen(geometry: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The candidates that any stream sees, ordered: the first stream's only, shared, the second's only; and the
+    geometry on these columns."""
+    columns = torch.stack([visible.any(dim=0) for visible, _ in geometry])  # [streams, candidates]
     index = columns.any(dim=0).nonzero().squeeze(1)
     rank = columns[-1, index].int() - columns[0, index].int()
-    return index[rank.argsort(stable=True)]
+    index = index[rank.argsort(stable=True)]
+    return index, [(visible[:, index], rho_squared[:, index]) for visible, rho_squared in geometry]
 
 
 def _masks(streams: tuple[Stream, ...], geometry: list[tuple[Tensor, Tensor]]) -> tuple[StreamMask, ...]:
@@ -79,8 +81,9 @@ def _masks(streams: tuple[Stream, ...], geometry: list[tuple[Tensor, Tensor]]) -
 
 
 def _places(queries: Tensor, seq_len: int) -> Tensor:
-    """Where each token is among ``queries`` ``[rows]``; places outside the sequence and repetitions are ignored."""
-    rows = ((queries >= 0) & (queries < seq_len)).nonzero().squeeze(1)
+    """Where each token is among ``queries`` ``[rows]``; places outside the sequence are ignored, and of repetitions one
+    counts."""
+    rows = (queries < seq_len).nonzero().squeeze(1)
     place = torch.full((seq_len,), -1)
     place[queries[rows]] = rows
     if (place < 0).any():
@@ -88,51 +91,15 @@ def _places(queries: Tensor, seq_len: int) -> Tensor:
     return place
 
 
-def _grid_family(lattice: TorusLattice, streams: tuple[Stream, ...], origins: Tensor, offsets: Tensor) -> Family:
-    """Blocks on the closed grid: block n holds the queries ``origins[n] + offsets``, all ``(u, v)``."""
-    size = torch.tensor([lattice.n_major, lattice.n_minor])
-    sites = torch.cartesian_prod(torch.arange(lattice.n_major), torch.arange(lattice.n_minor))  # as seen from (0, 0)
-    displacement = offsets[:, None] - sites[None]  # [Q, N, 2]
-    geometry = [lattice._grid_geometry(stream, *displacement.unbind(-1)) for stream in streams]
-    columns = _visible_columns([visible for visible, _ in geometry])
-    geometry = [(visible[:, columns], rho_squared[:, columns]) for visible, rho_squared in geometry]
-
-    def tokens(displaced: Tensor) -> Tensor:
-        u, v = ((origins[:, None] + displaced[None]) % size).unbind(-1)
-        return u * lattice.n_minor + v
-
-    queries = tokens(offsets)
-    blocks = Blocks(queries, tokens(sites[columns]), _masks(streams, geometry))
-    return Family((blocks,), _places(queries.flatten(), lattice.num_sites))
-
-
-def _periodic_families(lattice: TorusLattice) -> Iterator[Family]:
-    major, minor = torch.arange(lattice.n_major), torch.arange(lattice.n_minor)
-    rows, columns = major[:, None] * torch.tensor([1, 0]), minor[:, None] * torch.tensor([0, 1])
-    yield _grid_family(lattice, (Stream.major_forward, Stream.major_backward), columns, rows)
-    yield _grid_family(lattice, (Stream.minor_forward, Stream.minor_backward), rows, columns)
-    for stream, slope in ((Stream.spiral_cw, lattice.winding), (Stream.spiral_ccw, -lattice.winding)):
-        yield _grid_family(lattice, (stream,), columns, major[:, None] * torch.tensor([1, slope]))
-    side_u, side_v = tile_side(lattice.n_major), tile_side(lattice.n_minor)
-    origins = torch.cartesian_prod(major[::side_u], minor[::side_v])
-    offsets = torch.cartesian_prod(torch.arange(side_u), torch.arange(side_v))
-    yield _grid_family(lattice, (Stream.cross_u_to_v, Stream.cross_v_to_u), origins, offsets)
-
-
-def _causal_family(
-    lattice: TorusLattice, streams: tuple[Stream, ...], origins: Tensor, offsets: Tensor, seq_len: int
+def _family(
+    streams: tuple[Stream, ...], geometry: list[tuple[Tensor, Tensor]], queries: Tensor, keys: Tensor, seq_len: int
 ) -> Family:
-    """Blocks on the line of time: block n holds the queries ``origins[n] + offsets``.
+    """Blocks of ``queries`` ``[n, Q]`` that see ``keys`` ``[n, K]`` by one ``geometry``: of each stream ``visible`` and
+    ``rho_squared`` ``[Q, K]``.
 
-    Places past the end of the sequence are computed and dropped: no token sees them. Blocks at its beginning that
-    lack the same keys are kept together, without those keys.
+    A negative key does not exist: blocks that lack the same keys are kept together, without those keys. Tokens past
+    the end of the sequence are computed and dropped; nothing before the end sees them.
     """
-    candidates = torch.arange(int(offsets.min()) - lattice.num_sites + 1, int(offsets.max()) + 1)
-    lag = offsets[:, None] - candidates[None]
-    geometry = [lattice.lag_geometry(stream, lag) for stream in streams]
-    columns = _visible_columns([visible for visible, _ in geometry])
-    geometry = [(visible[:, columns], rho_squared[:, columns]) for visible, rho_squared in geometry]
-    keys = origins[:, None] + candidates[columns]  # [n, K]
     groups: dict[bytes, list[int]] = {}
     for n, exists in enumerate(keys >= 0):
         groups.setdefault(exists.numpy().tobytes(), []).append(n)
@@ -141,13 +108,60 @@ def _causal_family(
         exists = keys[members[0]] >= 0
         present = [(visible[:, exists], rho_squared[:, exists]) for visible, rho_squared in geometry]
         blocks.append(Blocks(
-            (origins[members, None] + offsets).clamp(max=seq_len - 1),
-            keys[members][:, exists].clamp(max=seq_len - 1),
+            queries[members].clamp(max=seq_len - 1), keys[members][:, exists].clamp(max=seq_len - 1),
             _masks(streams, present),
         ))
     order = [n for members in groups.values() for n in members]
-    queries = origins[order, None] + offsets
-    return Family(tuple(blocks), _places(queries.flatten(), seq_len))
+    return Family(tuple(blocks), _places(queries[order].flatten(), seq_len))
+
+
+def _grid_family(lattice: TorusLattice, streams: tuple[Stream, ...], origins: Tensor, offsets: Tensor) -> Family:
+    """Blocks on the grid: block n holds the queries ``origins[n] + offsets``, all ``(u, v)``."""
+    u = torch.arange(lattice.n_major)
+    is_open = lattice.topology == "cylinder"
+    if is_open:
+        low, high = (int(limit) for limit in offsets[:, 0].aminmax())
+        u = torch.arange(low - lattice.n_major + 1, high + lattice.n_major)
+    sites = torch.cartesian_prod(u, torch.arange(lattice.n_minor))  # as seen from (0, 0)
+    displacement = offsets[:, None] - sites[None]  # [Q, C, 2]
+    seen, geometry = _seen([lattice.displacement_geometry(stream, *displacement.unbind(-1)) for stream in streams])
+
+    def tokens(displaced: Tensor) -> Tensor:
+        u, v = (origins[:, None] + displaced[None]).unbind(-1)
+        token = u % lattice.n_major * lattice.n_minor + v % lattice.n_minor
+        return token.masked_fill((u < 0) | (u >= lattice.n_major), -1) if is_open else token
+
+    return _family(streams, geometry, tokens(offsets), tokens(sites[seen]), lattice.num_sites)
+
+
+def _tile_starts(length: int, side: int, is_open: bool) -> Tensor:
+    """First rows of tiles that cover an axis: the last tile goes on round a closed one, and overlaps on an open one."""
+    starts = torch.arange(0, length, side)
+    return starts.clamp(max=length - side) if is_open else starts
+
+
+def _grid_families(lattice: TorusLattice) -> Iterator[Family]:
+    major, minor = torch.arange(lattice.n_major), torch.arange(lattice.n_minor)
+    rows, columns = major[:, None] * torch.tensor([1, 0]), minor[:, None] * torch.tensor([0, 1])
+    yield _grid_family(lattice, (Stream.major_forward, Stream.major_backward), columns, rows)
+    yield _grid_family(lattice, (Stream.minor_forward, Stream.minor_backward), rows, columns)
+    for stream, slope in ((Stream.spiral_cw, lattice.winding), (Stream.spiral_ccw, -lattice.winding)):
+        yield _grid_family(lattice, (stream,), columns, major[:, None] * torch.tensor([1, slope]))
+    side_u, side_v = tile_side(lattice.n_major), tile_side(lattice.n_minor)
+    origins = torch.cartesian_prod(_tile_starts(lattice.n_major, side_u, lattice.topology == "cylinder"),
+                                   _tile_starts(lattice.n_minor, side_v, False))
+    offsets = torch.cartesian_prod(torch.arange(side_u), torch.arange(side_v))
+    yield _grid_family(lattice, (Stream.cross_u_to_v, Stream.cross_v_to_u), origins, offsets)
+
+
+def _causal_family(
+    lattice: TorusLattice, streams: tuple[Stream, ...], origins: Tensor, offsets: Tensor, seq_len: int
+) -> Family:
+    """Blocks on the line of time: block n holds the queries ``origins[n] + offsets``."""
+    candidates = torch.arange(int(offsets.min()) - lattice.num_sites + 1, int(offsets.max()) + 1)
+    lag = offsets[:, None] - candidates[None]
+    seen, geometry = _seen([lattice.lag_geometry(stream, lag) for stream in streams])
+    return _family(streams, geometry, origins[:, None] + offsets, origins[:, None] + candidates[seen], seq_len)
 
 
 def _causal_families(lattice: TorusLattice, seq_len: int) -> Iterator[Family]:
@@ -174,11 +188,7 @@ def families(lattice: TorusLattice, seq_len: int) -> tuple[Family, ...]:
     """The families of all eight streams, kept for the lattice.
 
     Raises:
-        ValueError: the topology is neither periodic nor causal, or the sequence does not fit it.
+        ValueError: the sequence does not fit the lattice.
     """
     lattice.check_length(seq_len)
-    if lattice.topology == "periodic":
-        return tuple(_periodic_families(lattice))
-    if lattice.is_causal:
-        return tuple(_causal_families(lattice, seq_len))
-    raise ValueError(f"compose covers the periodic and the causal topology, not {lattice.topology}")
+    return tuple(_causal_families(lattice, seq_len) if lattice.is_causal else _grid_families(lattice))
