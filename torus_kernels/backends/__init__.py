@@ -20,7 +20,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 AUTO = "auto"
 
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-_IMPLEMENTED = {"reference": ".reference", "cpu": ".cpu"}
+_IMPLEMENTED = {"reference": ".reference", "cpu": ".cpu", "triton": ".triton"}
 _warned: set[str] = set()
 
 

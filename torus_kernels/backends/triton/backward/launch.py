@@ -1,0 +1,242 @@
+"""Host side of the backward pass: block sizes, chunks of heads, workspaces and the launches for each chunk."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ....lattice import NUM_STREAMS, TorusLattice
+from ..forward.launch import _MAX_GRID_Y, _l2_bytes, _window_arguments, chunk_heads, on_device, rows
+from ..primitives.lattice import LineFamily, line_families, line_programs
+from ..primitives.tiles import MIN_BLOCK, block_d, input_precision
+from .cross import cross_by_queries
+from .cross_keys import cross_by_keys
+from .line_queries import lines_by_queries
+from .lines import lines_by_keys
+from .operands import HAS_STATE, PARAMETER_SUMS, ROW_SUMS, TOKEN_ALPHA, TOKEN_WEIGHTS, Operands, Results, Strided
+from .parameters import reduce_parameters
+
+
+class Blocks(NamedTuple):
+    """How the lines of one size are visited: blocks of queries by blocks of keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class LineLaunch(NamedTuple):
+    """Line families that share their launches."""
+
+    families: tuple[LineFamily, ...]
+    keys: Blocks  # of `lines_by_keys`
+    queries: Blocks | None  # of `lines_by_queries`; None where a block of keys holds a whole line
+
+    @property
+    def whole_line(self) -> bool:
+        return self.queries is None
+
+    @property
+    def row_block(self) -> int:
+        """Positions of a program that owns query rows."""
+        return self.keys.block_n if self.queries is None else self.queries.block_m
+
+
+class CrossLaunch(NamedTuple):
+    tile_u: int
+    tile_v: int
+    block: int  # the other side of a score tile: columns of one row
+    num_warps: int
+    num_stages: int
+
+
+def _mask(families: Iterable[LineFamily]) -> int:
+    return sum(1 << family.family for family in families)
+
+
+def _power(n: int, limit: int) -> int:
+    return max(MIN_BLOCK, min(limit, triton.next_power_of_2(n)))
+
+
+# By (16-bit, BLOCK_D): the longest line that one block of keys holds, and the blocks of longer ones, queries first and
+# keys first. Chosen among those that compile without spills, by instructions per score.
+_LINES = {
+    (True, 64): (64, Blocks(64, 32, 4, 2), Blocks(32, 128, 8, 2)),
+    (True, 128): (32, Blocks(64, 32, 4, 1), Blocks(16, 64, 4, 1)),
+    (True, 256): (16, Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1)),
+    (False, 64): (32, Blocks(32, 32, 4, 2), Blocks(16, 32, 4, 2)),
+    (False, 128): (16, Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1)),
+    (False, 256): (16, Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+}
+
+
+@functools.lru_cache(maxsize=256)
+def line_launches(lattice: TorusLattice, seq_len: int, head_dim: int, dtype: torch.dtype) -> tuple[LineLaunch, ...]:
+    """Families whose lines fit a block of keys, then the longer ones."""
+    limit, by_queries, by_keys = _LINES[dtype != torch.float32, max(64, block_d(head_dim))]
+    families = line_families(lattice, seq_len)
+    short = tuple(family for family in families if family.length <= limit)
+    long = tuple(family for family in families if family.length > limit)
+    launches = []
+    if short:
+        block = _power(max(family.length for family in short), limit)
+        warps = 4 if dtype == torch.float32 else block // 16
+        launches.append(LineLaunch(short, Blocks(block, block, warps, by_keys.num_stages), None))
+    if long:
+        launches.append(LineLaunch(long, by_keys, by_queries))
+    return tuple(launches)
+
+
+@functools.lru_cache(maxsize=256)
+def cross_launch(lattice: TorusLattice, seq_len: int, head_dim: int, dtype: torch.dtype) -> CrossLaunch:
+    """Tiles of a few rows of 16 sites; rows of the other side as wide as the tile and its halo, or half."""
+    wide = block_d(head_dim)
+    rows_of_tile = 1 if wide > 128 else 2 if dtype == torch.float32 else 4
+    tile_u, tile_v = rows_of_tile, 16
+    b_lo, b_hi = _window_arguments(lattice, seq_len)[2:4]
+    limit = 32 if wide <= (128 if dtype != torch.float32 else 64) else 16
+    return CrossLaunch(tile_u, tile_v, _power(tile_v + b_hi - b_lo, limit), 4, 2 if wide <= 64 else 1)
+
+
+def _constants(blocks: Blocks) -> dict[str, int]:
+    return {"BLOCK_M": blocks.block_m, "BLOCK_N": blocks.block_n, "num_warps": blocks.num_warps,
+            "num_stages": blocks.num_stages}
+
+
+def _strided(x: Tensor | None) -> Strided:
+    return Strided(None, 0, 0, 0) if x is None else Strided(x, *x.stride()[:3])
+
+
+def _chunk(pairs: int, group: int, num_families: int, seq_len: int, head_dim: int, device: torch.device):
+    """``(slots, key/value heads)`` of a chunk's workspaces, which are to stay in the L2 cache.
+
+    Where there is room every line family has sums of its own, and all of them run at once; otherwise they run one
+    after another and share one slot.
+    """
+    slot_bytes = 4 * (group + 2) * seq_len * head_dim
+    slots = num_families if num_families * slot_bytes <= 0.75 * _l2_bytes(device) else min(num_families, 1)
+    return slots, min(chunk_heads(pairs, slots * slot_bytes, device), max(1, _MAX_GRID_Y // group))
+
+
+def _line_visits(
+    launches: tuple[LineLaunch, ...], slots: int
+) -> Iterator[tuple[LineLaunch, tuple[LineFamily, ...], int, bool]]:
+    """``(launch, families of its grid, mask of the families that have slots, accumulate)`` in order."""
+    all_families = [family for launch in launches for family in launch.families]
+    if slots == len(all_families):
+        for launch in launches:
+            yield launch, launch.families, _mask(all_families), False
+        return
+    for launch in launches:
+        for family in launch.families:
+            yield launch, (family,), _mask([family]), family is not all_families[0]
+
+
+def attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    stream_weights: Tensor,
+    decay: Tensor,
+    ema_state: Tensor | None,
+    ema_alpha: Tensor | None,
+    first_key: Tensor | None,
+    lattice: TorusLattice,
+    scale: float,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    d_weights: Tensor,
+    d_decay: Tensor,
+    d_state: Tensor | None,
+    d_alpha: Tensor | None,
+) -> None:
+    """Writes all gradients; probabilities are recomputed from ``lse`` ``[B, H, T, 8]``."""
+    batch, heads, seq_len, head_dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    d_out, q, k, v = rows(d_out), rows(q), rows(k), rows(v)
+    if ema_state is not None:
+        ema_state, ema_alpha = rows(ema_state), ema_alpha.contiguous()
+    stream_weights, decay, lse = stream_weights.contiguous(), decay.contiguous(), lse.contiguous()
+    first_key = None if first_key is None else first_key.contiguous()
+    token_weights = stream_weights.dim() == 4
+    token_alpha = ema_alpha is not None and ema_alpha.dim() == 3
+    gates = TOKEN_WEIGHTS.value * token_weights + TOKEN_ALPHA.value * token_alpha
+    if ema_state is not None:
+        gates += HAS_STATE.value
+
+    launches = line_launches(lattice, seq_len, head_dim, q.dtype)
+    cross = cross_launch(lattice, seq_len, head_dim, q.dtype)
+    window = _window_arguments(lattice, seq_len)
+    tiles = -(-window[4] // cross.tile_u) * -(-window[5] // cross.tile_v)
+    num_families = sum(len(launch.families) for launch in launches)
+
+    programs = sum(line_programs(launch.families, launch.row_block, 1) for launch in launches)
+    slots, chunk = _chunk(batch * kv_heads, group, num_families, seq_len, head_dim, q.device)
+
+    def workspace(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    operands = Operands(
+        _strided(d_out), _strided(q), _strided(k), _strided(v), _strided(ema_state), stream_weights, ema_alpha,
+        decay, lse, first_key,
+        row_sums=workspace(chunk * group, seq_len, ROW_SUMS.value),
+        decay_sums=workspace(batch * heads, programs, NUM_STREAMS),
+        d_q=workspace(slots, chunk * group, seq_len, head_dim), d_k=workspace(slots, chunk, seq_len, head_dim),
+        d_v=workspace(slots, chunk, seq_len, head_dim),
+    )
+    parameter_sums = workspace(batch * heads, tiles, PARAMETER_SUMS.value)
+    results = Results(
+        _strided(d_q), _strided(d_k), _strided(d_v), _strided(d_state), d_weights if token_weights else None,
+        d_alpha if token_alpha else None, parameter_sums,
+    )
+    shared = {
+        "TOPOLOGY": lattice.spec[0], "STREAMS": lattice.spec[6], "GATES": gates,
+        "HAS_FIRST_KEY": first_key is not None, "PRECISION": input_precision(q.dtype), "D": head_dim,
+        "BLOCK_D": block_d(head_dim),
+    }
+    cross_options = {**shared, "NUM_SLOTS": slots, "TILE_U": cross.tile_u, "TILE_V": cross.tile_v,
+                     "num_warps": cross.num_warps, "num_stages": cross.num_stages}
+    sizes = (heads, group, seq_len, lattice.n_major, lattice.n_minor, lattice.winding, float(scale))
+    cross_sizes = (heads, group, seq_len, lattice.n_major, lattice.n_minor, float(scale))
+    with on_device(q):
+        for first in range(0, batch * kv_heads, chunk):
+            pairs = min(chunk, batch * kv_heads - first)
+            first_program = 0
+            for launch, visited, families, accumulate in _line_visits(launches, slots):
+                longest = max(family.length for family in visited)
+                options = {**shared, "FAMILIES": families, "GRID_FAMILIES": _mask(visited), "ACCUMULATE": accumulate}
+                if launch.queries is not None:
+                    queries = launch.queries
+                    lines_by_queries[line_programs(visited, queries.block_m, 1), pairs * group](
+                        operands, *sizes, first * group, first_program, programs,
+                        ONE_TILE=longest <= queries.block_n and not lattice.is_causal,
+                        FULL_BLOCKS=all(family.length % queries.block_n == 0 for family in visited),
+                        **_constants(queries), **options,
+                    )
+                lines_by_keys[line_programs(visited, launch.keys.block_n, 1), pairs](
+                    operands, *sizes, first, first_program, programs, WHOLE_LINE=launch.whole_line,
+                    ONE_VISIT=launch.whole_line and group == 1 and longest <= launch.keys.block_m,
+                    FULL_BLOCKS=all(family.length % launch.keys.block_n == 0 for family in visited),
+                    **_constants(launch.keys), **options,
+                )
+                first_program += line_programs(visited, launch.row_block, 1)
+            cross_by_queries[tiles, pairs * group](
+                operands, results, *cross_sizes, first * group, *window, BLOCK_N=cross.block, **cross_options,
+            )
+            cross_by_keys[tiles, pairs](
+                operands, results, *cross_sizes, first, *window, BLOCK_M=cross.block, **cross_options,
+            )
+        reduce_parameters[heads,](
+            parameter_sums, operands.decay_sums, d_weights, d_decay, d_alpha, batch, heads, tiles, programs,
+            PER_HEAD_WEIGHTS=not token_weights, PER_HEAD_ALPHA=ema_alpha is not None and not token_alpha, BLOCK=32,
+        )

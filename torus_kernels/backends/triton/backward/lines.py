@@ -1,0 +1,253 @@
+"""Backward of the line streams, keys first: a program owns a block of keys of one line and every query that sees it.
+
+Where the block is the whole line it owns the softmaxes too. One visit of a score tile then gives all three gradients
+with five products, and ``delta`` comes from the tile itself. Longer lines come here after `line_queries`, which has
+left ``delta`` and the gradients of the queries.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..primitives.lattice import (
+    CAUSAL,
+    CLOSED,
+    CYLINDER,
+    MINOR,
+    NUM_STREAMS,
+    OPEN_BOTH,
+    OPEN_PAST,
+    PERIODIC,
+    arcs,
+    line_family,
+    line_program,
+    line_steps,
+    oldest_key,
+    reach_of,
+    squared_step,
+    strand,
+)
+from ..primitives.softmax import LOG2E, bias_slope
+from ..primitives.tiles import dot_cast, dot_transposed, load_rows
+from .operands import (
+    accumulate_rows,
+    base_of,
+    inverse,
+    load_stream,
+    partial_of,
+    probabilities,
+    row_sums_of,
+    slot_of,
+    store_decay_sums,
+    tokens_at,
+)
+
+
+@triton.jit
+def _along_queries(x, QUERIES_FIRST: tl.constexpr):
+    """A vector of queries made to broadcast against a tile."""
+    return x[:, None] if QUERIES_FIRST else x[None, :]
+
+
+@triton.jit
+def _row_sums(probs, d_probs, squared, gate, sums, valid, decay_sum, WHOLE_LINE: tl.constexpr):
+    """``delta`` of one stream, its gate over its total, and what the rows of a whole line add to ``sum rho^2 dS``.
+
+    That last sum is taken as ``sum rho^2 P dP - delta * sum rho^2 P``, so that the tile of distances need not be kept.
+    """
+    if WHOLE_LINE:
+        normaliser = inverse(tl.sum(probs, axis=1))
+        d_logits = probs * d_probs
+        delta = normaliser * tl.sum(d_logits, axis=1)
+        gate *= normaliser
+        tl.store(sums, delta, mask=valid)
+        decay_sum += gate * (tl.sum(squared * d_logits, axis=1) - delta * tl.sum(squared * probs, axis=1))
+    else:
+        delta = tl.load(sums, mask=valid, other=0.0)
+        gate *= tl.load(sums + NUM_STREAMS, mask=valid, other=0.0)
+    return delta, gate, decay_sum
+
+
+@triton.jit
+def _visit(
+    operands, batch, head, heads, local_head, seq_len, n_minor, scale, slot, num_heads, family, line, stream, loop,
+    stride, slope, num_lines, length, max_step, unit, begin, k, v, key_position, d_k, d_v, decay_sum,
+    partner_decay_sum,
+    ARCS: tl.constexpr, FORM: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, WHOLE_LINE: tl.constexpr,
+    FULL_BLOCKS: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):
+    """One block of queries of one head: what it adds to ``d_k``, ``d_v`` and the sums of ``rho^2 dS``."""
+    position = begin + tl.arange(0, BLOCK_M)
+    valid = position < length
+    token = tokens_at(family, line, position, n_minor, stride, slope, num_lines, TOPOLOGY)
+    q = load_rows(base_of(operands.q, batch, head), token, valid, operands.q.token, D, BLOCK_D)  # [BLOCK_M, D]
+    d_out = load_rows(base_of(operands.d_out, batch, head), token, valid, operands.d_out.token, D, BLOCK_D)
+    reach = max_step
+    if HAS_FIRST_KEY:
+        oldest = oldest_key(operands.first_key, batch, token, valid, seq_len)
+        reach = _along_queries(reach_of(oldest, line, stride, position, max_step), WHOLE_LINE)
+    # Whole softmaxes are summed along rows of queries; otherwise rows of keys spare both products a transpose.
+    if WHOLE_LINE:
+        products = dot_transposed(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
+        steps = line_steps(position, key_position)
+    else:
+        products = dot_transposed(k, q, PRECISION)  # [BLOCK_N, BLOCK_M]
+        steps = -line_steps(key_position, position)
+    if ARCS:
+        visible, partner_visible, squared = arcs(steps, loop, reach, FORM)
+    else:
+        visible, squared = strand(steps, loop, reach, FORM)
+    if not FULL_BLOCKS and FORM != OPEN_PAST:
+        # In the past of a query no key is beyond the end of the line.
+        on_line = _along_queries(key_position < length, not WHOLE_LINE)
+        visible = visible & on_line
+        if ARCS:
+            partner_visible = partner_visible & on_line
+    sums = row_sums_of(operands, local_head, seq_len, token) + stream
+    decay = operands.decay + head * NUM_STREAMS + stream
+    lse, gate = load_stream(operands, batch, head, heads, seq_len, token, valid, stream, STREAMS, GATES)
+    probs = probabilities(products, scale * LOG2E, bias_slope(tl.load(decay), unit), squared,
+                          _along_queries(lse, WHOLE_LINE), visible)
+    if ARCS:
+        lse, partner_gate = load_stream(
+            operands, batch, head, heads, seq_len, token, valid, stream + 1, STREAMS, GATES
+        )
+        partner_probs = probabilities(products, scale * LOG2E, bias_slope(tl.load(decay + 1), unit), squared,
+                                      _along_queries(lse, WHOLE_LINE), partner_visible)
+    d_probs = dot_transposed(d_out, v, PRECISION) if WHOLE_LINE else dot_transposed(v, d_out, PRECISION)
+    if ARCS:
+        partner_delta, partner_gate, partner_decay_sum = _row_sums(
+            partner_probs, d_probs, squared, partner_gate, sums + 1, valid, partner_decay_sum, WHOLE_LINE
+        )
+    delta, gate, decay_sum = _row_sums(probs, d_probs, squared, gate, sums, valid, decay_sum, WHOLE_LINE)
+    weighted = _along_queries(gate, WHOLE_LINE) * probs
+    d_scores = weighted * (d_probs - _along_queries(delta, WHOLE_LINE))
+    if ARCS:
+        partner_weighted = _along_queries(partner_gate, WHOLE_LINE) * partner_probs
+        weighted += partner_weighted
+        d_scores += partner_weighted * (d_probs - _along_queries(partner_delta, WHOLE_LINE))
+    if WHOLE_LINE:
+        d_scores = d_scores.to(k.dtype)
+        d_v = dot_cast(tl.trans(weighted.to(k.dtype)), d_out, PRECISION, d_v)
+        d_k = dot_cast(tl.trans(d_scores), q, PRECISION, d_k)
+        d_q = scale * dot_cast(d_scores, k, PRECISION)  # [BLOCK_M, D]
+        d_q_base = partial_of(operands.d_q, slot, num_heads, local_head, seq_len, D)
+        accumulate_rows(d_q_base, token, valid, d_q, ACCUMULATE, D, BLOCK_D)
+    else:
+        d_v = dot_cast(weighted, d_out, PRECISION, d_v)
+        d_k = dot_cast(d_scores, q, PRECISION, d_k)
+    return d_k, d_v, decay_sum, partner_decay_sum
+
+
+@triton.jit
+def _keys_of_line(
+    operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program, num_programs, slot,
+    family, line, block,
+    ARCS: tl.constexpr, FORM: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, WHOLE_LINE: tl.constexpr,
+    ONE_VISIT: tl.constexpr, FULL_BLOCKS: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr,
+    HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    local_pair, num_pairs = tl.program_id(1), tl.num_programs(1)
+    kv_heads = heads // group
+    batch, kv_head = (first_pair + local_pair) // kv_heads, (first_pair + local_pair) % kv_heads
+    loop, stride, slope, num_lines, length, max_step = line_family(
+        family, n_major, n_minor, winding, seq_len, TOPOLOGY
+    )
+    if TOPOLOGY == CAUSAL:
+        length = tl.cdiv(seq_len - line, stride).to(tl.int32)
+    if ARCS or TOPOLOGY == CAUSAL:
+        slope = 0  # known to the compiler, it spares divisions
+    unit = squared_step(loop, FORM)
+    stream = tl.where(family <= MINOR, 2 * family, family + 2)
+    program = first_program + tl.program_id(0)
+
+    first_key_position = 0 if WHOLE_LINE else block * BLOCK_N
+    key_position = first_key_position + tl.arange(0, BLOCK_N)
+    key_valid = key_position < length
+    key_token = tokens_at(family, line, key_position, n_minor, stride, slope, num_lines, TOPOLOGY)
+    k = load_rows(base_of(operands.k, batch, kv_head), key_token, key_valid, operands.k.token, D, BLOCK_D)
+    v = load_rows(base_of(operands.v, batch, kv_head), key_token, key_valid, operands.v.token, D, BLOCK_D)
+    decay_sum = tl.zeros([BLOCK_M], tl.float32)
+    if ONE_VISIT:
+        # One query head and one block of queries: the sums need not live in registers while the tile is computed.
+        d_k, d_v, decay_sum, partner_decay_sum = _visit(
+            operands, batch, kv_head, heads, local_pair, seq_len, n_minor, scale, slot, num_pairs, family, line,
+            stream, loop, stride, slope, num_lines, length, max_step, unit, 0, k, v, key_position, None, None,
+            decay_sum, decay_sum, ARCS, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, FULL_BLOCKS, ACCUMULATE, GATES,
+            HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M,
+        )
+        store_decay_sums(operands, batch * heads + kv_head, program, num_programs, stream,
+                         unit * tl.sum(decay_sum, axis=0), unit * tl.sum(partner_decay_sum, axis=0))
+    else:
+        d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        if FORM == OPEN_PAST:
+            query_begin = first_key_position
+            query_end = tl.minimum(length, first_key_position + BLOCK_N + max_step)
+        else:
+            query_begin = 0
+            query_end = length
+        for member in range(group):
+            head = kv_head * group + member
+            decay_sum = tl.zeros([BLOCK_M], tl.float32)
+            partner_decay_sum = tl.zeros([BLOCK_M], tl.float32)
+            for begin in range(query_begin, query_end, BLOCK_M):
+                d_k, d_v, decay_sum, partner_decay_sum = _visit(
+                    operands, batch, head, heads, local_pair * group + member, seq_len, n_minor, scale, slot,
+                    num_pairs * group, family, line, stream, loop, stride, slope, num_lines, length, max_step, unit,
+                    begin, k, v, key_position, d_k, d_v, decay_sum, partner_decay_sum, ARCS, FORM, TOPOLOGY, STREAMS,
+                    WHOLE_LINE, FULL_BLOCKS, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M,
+                )
+            if WHOLE_LINE:
+                store_decay_sums(operands, batch * heads + head, program, num_programs, stream,
+                                 unit * tl.sum(decay_sum, axis=0), unit * tl.sum(partner_decay_sum, axis=0))
+    d_k_base = partial_of(operands.d_k, slot, num_pairs, local_pair, seq_len, D)
+    d_v_base = partial_of(operands.d_v, slot, num_pairs, local_pair, seq_len, D)
+    accumulate_rows(d_k_base, key_token, key_valid, scale * d_k, ACCUMULATE, D, BLOCK_D)
+    accumulate_rows(d_v_base, key_token, key_valid, d_v, ACCUMULATE, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=[
+    "heads", "group", "seq_len", "n_major", "n_minor", "winding", "first_pair", "first_program", "num_programs",
+])
+def lines_by_keys(
+    operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program, num_programs,
+    FAMILIES: tl.constexpr, GRID_FAMILIES: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr,
+    WHOLE_LINE: tl.constexpr, ONE_VISIT: tl.constexpr, FULL_BLOCKS: tl.constexpr, ACCUMULATE: tl.constexpr,
+    GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """One program: a block of keys of one line, for one key/value head and the query heads that read it.
+
+    Grid: ``(line_programs(...), key/value heads of the chunk)``. FAMILIES have slots in the workspaces, GRID_FAMILIES
+    are in the grid, and its programs are numbered from ``first_program`` on out of ``num_programs``.
+    """
+    family, line, block = line_program(
+        tl.program_id(0), n_major, n_minor, winding, seq_len, TOPOLOGY, GRID_FAMILIES, BLOCK_N, 1
+    )
+    slot = slot_of(family, FAMILIES)
+    FORM: tl.constexpr = CLOSED if TOPOLOGY == PERIODIC else (OPEN_PAST if TOPOLOGY == CAUSAL else OPEN_BOTH)
+    if family > MINOR:
+        if GRID_FAMILIES & 12:
+            _keys_of_line(
+                operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program,
+                num_programs, slot, family, line, block, False, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, ONE_VISIT,
+                FULL_BLOCKS, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+            )
+    elif (TOPOLOGY == CYLINDER) & (family == MINOR):
+        if TOPOLOGY == CYLINDER and GRID_FAMILIES & 2:
+            _keys_of_line(
+                operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program,
+                num_programs, slot, family, line, block, True, CLOSED, TOPOLOGY, STREAMS, WHOLE_LINE, ONE_VISIT,
+                FULL_BLOCKS, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+            )
+    else:
+        if GRID_FAMILIES & 3:
+            _keys_of_line(
+                operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program,
+                num_programs, slot, family, line, block, True, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, ONE_VISIT,
+                FULL_BLOCKS, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+            )

@@ -1,0 +1,269 @@
+"""Host side of the forward pass: block sizes, chunks of heads, and two launches for each chunk."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ....lattice import TorusLattice
+from ..primitives.lattice import (
+    FAMILY_STREAMS,
+    MAX_TOKENS,
+    OPEN_BOTH,
+    OPEN_PAST,
+    LineFamily,
+    cross_window,
+    line_families,
+    line_programs,
+)
+from ..primitives.softmax import LOG2E
+from ..primitives.tiles import MIN_BLOCK, block_d, input_precision
+from .cross import cross_kernel
+from .lines import lines_kernel
+
+
+class LineLaunch(NamedTuple):
+    """Families that share a launch, and its configuration."""
+
+    families: tuple[LineFamily, ...]
+    family_mask: int
+    whole: bool
+    fold: bool
+    even: bool  # every block of positions is full
+    lines: int  # lines that a program handles
+    block_m: int
+    block_n: int
+    block_c: int  # columns of a folded loop
+    num_warps: int
+    num_stages: int
+
+    @property
+    def programs(self) -> int:
+        return line_programs(self.families, self.block_m, self.lines)
+
+
+class CrossLaunch(NamedTuple):
+    shared: bool  # both flows' exponentials from one tile of scores; two accumulators, where registers allow
+    tile_u: int
+    tile_v: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+_MAX_WHOLE = 128
+_BLOCKED_N = 64
+_MIN_FOLD = 32  # columns
+
+
+def _span(family: LineFamily, block_m: int) -> int:
+    """Keys that a block of queries of the longest line may see."""
+    if family.form == OPEN_PAST.value:
+        return min(family.length, block_m + family.max_step)
+    return family.length
+
+
+def _block_m(families: tuple[LineFamily, ...], head_dim: int, dtype: torch.dtype) -> int:
+    longest = max(family.length for family in families)
+    light = block_d(head_dim) <= 64 and dtype != torch.float32 and families[0].form != OPEN_PAST.value
+    return max(MIN_BLOCK, min(64 if light else 32, triton.next_power_of_2(longest)))
+
+
+def _folds(family: LineFamily, block_m: int) -> bool:
+    """Whether `folded_steps` takes the family, and pays."""
+    half = family.loop // 2
+    if len(FAMILY_STREAMS[family.family]) == 1 or family.form == OPEN_BOTH.value or family.loop % 2 or half < _MIN_FOLD:
+        return False
+    if family.form == OPEN_PAST.value:
+        return block_m <= half and family.length > half
+    return block_m <= half
+
+
+@functools.lru_cache(maxsize=256)
+def line_launches(lattice: TorusLattice, seq_len: int, head_dim: int, dtype: torch.dtype) -> tuple[LineLaunch, ...]:
+    """Families whose visible keys fit one block, then those that take two passes over blocks."""
+    families = line_families(lattice, seq_len)
+    if not families:
+        return ()
+    block_m = _block_m(families, head_dim, dtype)
+    light = block_d(head_dim) <= 64 and dtype != torch.float32
+    max_whole = _MAX_WHOLE if light else _MAX_WHOLE // 2
+    groups = {}
+    for family in families:
+        fold = _folds(family, block_m)
+        whole = family.loop <= max_whole if fold else _span(family, block_m) <= max_whole
+        loops = len(FAMILY_STREAMS[family.family]) == 2
+        # Loops and spirals with long lines are launched apart: together they would take more registers.
+        heavy = _span(family, block_m) > 64
+        groups.setdefault((whole, heavy and loops, loops and not fold), []).append((family, fold))
+    launches = []
+    for (whole, heavy_loops, _), members in groups.items():
+        unfolded = [family for family, fold in members if not fold]
+        folded = [family for family, fold in members if fold]
+        block_n = block_c = _BLOCKED_N if light else _BLOCKED_N // 2
+        if whole:
+            spans = (max(MIN_BLOCK, triton.next_power_of_2(_span(family, block_m))) for family in unfolded)
+            block_n = max(spans, default=MIN_BLOCK)
+            block_c = max((triton.next_power_of_2(f.loop // 2) for f in folded), default=MIN_BLOCK)
+        even = whole and not lattice.is_causal and all(
+            family.length % block_m == 0 and (family.loop // 2 == block_c if fold else family.length == block_n)
+            for family, fold in members
+        )
+        launches.append(LineLaunch(
+            tuple(family for family, _ in members), sum(1 << family.family for family, _ in members), whole,
+            bool(folded), even, 4 if whole else 1, block_m, block_n, block_c,
+            4 if dtype != torch.float32 else 8, 1 if heavy_loops and (whole or not light) else 2,
+        ))
+    return tuple(launches)
+
+
+@functools.lru_cache(maxsize=256)
+def cross_launch(
+    lattice: TorusLattice, seq_len: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> CrossLaunch:
+    """Tiles 16 sites wide; rows of keys as wide as the tile and its halo."""
+    window = cross_window(lattice, seq_len)
+    light = block_d(head_dim) <= 64 and dtype != torch.float32
+    tile_u, tile_v = 4 if light else 2, 16
+    width = tile_v if window is None else tile_v + window.b_hi - window.b_lo
+    block_n = max(MIN_BLOCK, min(64, triton.next_power_of_2(width)))
+    wide_rows = block_d(head_dim) * dtype.itemsize > 256
+    return CrossLaunch(light and capability >= (9, 0), tile_u, tile_v, block_n, 8 if wide_rows else 4, 2)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of the tensors' device; the interpreter plays an early one."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+@functools.cache
+def _l2_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1 << 25
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+_MAX_GRID_Y = 65535
+
+
+def chunk_heads(heads: int, head_bytes: int, device: torch.device) -> int:
+    """Heads to a chunk, such that what passes from its first launch to its second stays in the L2 cache."""
+    fitting = max(1, int(0.75 * _l2_bytes(device)) // max(1, head_bytes))
+    if fitting >= heads:
+        fitting = heads
+    else:
+        chunks = -(-heads // fitting)
+        fitting = -(-heads // chunks)  # of even size
+    return min(fitting, _MAX_GRID_Y)
+
+
+_NO_WINDOW = (0.0,) * 4
+
+
+@functools.lru_cache(maxsize=256)
+def _window_arguments(lattice: TorusLattice, seq_len: int) -> tuple[int | float, ...]:
+    """The window as `cross_kernel` takes it, from ``a_lo`` on."""
+    window = cross_window(lattice, seq_len)
+    if window is None:
+        rows, cols = -(-seq_len // lattice.n_minor), min(lattice.n_minor, seq_len)
+        return (0, 0, 0, 0, rows, cols, 0, 0, 0, 0, *_NO_WINDOW)
+    return (window.a_lo, window.a_hi, window.b_lo, window.b_hi, window.num_rows, window.num_cols, *window.radii,
+            *window.inverse_squares)
+
+
+def _axes(lattice: TorusLattice) -> tuple[int, int]:
+    """``(n_major, n_minor)``, cut to where an axis is longer than any sequence: no key is seen beyond."""
+    return min(lattice.n_major, 2 * MAX_TOKENS), min(lattice.n_minor, 2 * MAX_TOKENS)
+
+
+def _tiles(lattice: TorusLattice, seq_len: int, cross: CrossLaunch) -> int:
+    num_rows, num_cols = _window_arguments(lattice, seq_len)[4:6]
+    return -(-num_rows // cross.tile_u) * -(-num_cols // cross.tile_v)
+
+
+def _strides(state: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if state is None else state.stride()[:3]
+
+
+def rows(x: Tensor) -> Tensor:
+    """Tokens whose last dimension is contiguous; any other strides are read as they are."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def on_device(x: Tensor):
+    """Makes the device of x current where it is not; kernels are launched on the current device."""
+    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stream_weights: Tensor,
+    decay: Tensor,
+    ema_state: Tensor | None,
+    ema_alpha: Tensor | None,
+    first_key: Tensor | None,
+    lattice: TorusLattice,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+    entropy: Tensor | None,
+) -> None:
+    """Writes ``out`` ``[B, H, T, D]`` and, where given, ``lse`` and ``entropy`` ``[B, H, T, 8]``."""
+    batch, heads, seq_len, head_dim = q.shape
+    if seq_len > MAX_TOKENS:
+        raise ValueError(f"q has sequence length {seq_len}, and the triton backend takes at most {MAX_TOKENS}")
+    q, k, v = rows(q), rows(k), rows(v)
+    stream_weights, decay = stream_weights.contiguous(), decay.contiguous()
+    if ema_state is not None:
+        ema_state, ema_alpha = rows(ema_state), ema_alpha.contiguous()
+    if first_key is not None:
+        first_key = first_key.contiguous()
+
+    launches = line_launches(lattice, seq_len, head_dim, q.dtype)
+    families = sum(launch.family_mask for launch in launches)
+    num_partials = families.bit_count()
+    cross = cross_launch(lattice, seq_len, head_dim, q.dtype, capability(q.device))
+    tiles = _tiles(lattice, seq_len, cross)
+
+    all_heads = batch * heads
+    chunk = chunk_heads(all_heads, num_partials * seq_len * head_dim * 4, q.device)
+    partials = q.new_empty(num_partials * chunk * seq_len * head_dim, dtype=torch.float32)
+    shared = {
+        "TOPOLOGY": lattice.spec[0], "STREAMS": lattice.spec[6], "D": head_dim, "BLOCK_D": block_d(head_dim),
+        "TOKEN_WEIGHTS": stream_weights.dim() == 4, "HAS_FIRST_KEY": first_key is not None,
+        "WITH_LSE": lse is not None, "WITH_ENTROPY": entropy is not None, "PRECISION": input_precision(q.dtype),
+    }
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    group = heads // k.shape[1]
+    base2_scale = scale * LOG2E.value
+    with on_device(q):
+        for first_head in range(0, all_heads, chunk):
+            count = min(chunk, all_heads - first_head)
+            for launch in launches:
+                lines_kernel[launch.programs, count](
+                    q, k, v, stream_weights, decay, first_key, partials, lse, entropy, *strides,
+                    lattice.n_major, lattice.n_minor, lattice.winding, seq_len, first_head, heads, group, base2_scale,
+                    FAMILIES=families, GRID_FAMILIES=launch.family_mask, WHOLE=launch.whole, EVEN=launch.even,
+                    FOLD=launch.fold, LINES=launch.lines, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
+                    BLOCK_C=launch.block_c, num_warps=launch.num_warps, num_stages=launch.num_stages, **shared,
+                )
+            cross_kernel[tiles, count](
+                q, k, v, stream_weights, decay, first_key, ema_state, ema_alpha, partials, out, lse, entropy,
+                *strides, *_strides(ema_state), *out.stride()[:3],
+                *_axes(lattice), seq_len, first_head, heads, group, base2_scale,
+                *_window_arguments(lattice, seq_len),
+                NUM_PARTIALS=num_partials, SHARED=cross.shared, TILE_U=cross.tile_u, TILE_V=cross.tile_v,
+                BLOCK_N=cross.block_n, HAS_STATE=ema_state is not None,
+                TOKEN_ALPHA=ema_alpha is not None and ema_alpha.dim() == 3, num_warps=cross.num_warps,
+                num_stages=cross.num_stages, **shared,
+            )

@@ -1,0 +1,290 @@
+"""Line streams: each program owns a block of queries on a run of parallel lines of one family."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..primitives.lattice import (
+    CAUSAL,
+    CLOSED,
+    CYLINDER,
+    MINOR,
+    OPEN_BOTH,
+    OPEN_PAST,
+    arcs,
+    line_family,
+    line_program,
+    line_start,
+    line_steps,
+    oldest_key,
+    on_line,
+    reach_of,
+    squared_step,
+    strand,
+    tokens_along,
+)
+from ..primitives.softmax import accumulate, anchor, bias_slope, entropy, log_sum_exp, mixing, row_maximum, spread
+from ..primitives.tiles import dot_cast, dot_transposed, gate_rows, load_rows, store_rows
+from .arcs import arc_biases, blocked_arcs, whole_arcs
+
+
+@triton.jit
+def _biases(
+    query_position, key_position, length, loop, reach, slope, partner_slope, FORM: tl.constexpr, ARCS: tl.constexpr
+):
+    """Biases of a family's streams ``[BLOCK_M, BLOCK_N]``, -inf where a key is not seen; a spiral has no partner."""
+    steps = line_steps(query_position, key_position)
+    exists = (key_position < length)[None, :]
+    if ARCS:
+        forward, backward, squared = arcs(steps, loop, reach, FORM)
+        bias = tl.where(forward & exists, -slope * squared, float("-inf"))
+        partner_bias = tl.where(backward & exists, -partner_slope * squared, float("-inf"))
+    else:
+        visible, squared = strand(steps, loop, reach, FORM)
+        bias = tl.where(visible & exists, -slope * squared, float("-inf"))
+        partner_bias = bias
+    return bias, partner_bias
+
+
+@triton.jit
+def _mixed(p, factor, partner_p, partner_factor, ARCS: tl.constexpr):
+    if ARCS:
+        return p * factor[:, None] + partner_p * partner_factor[:, None]
+    else:
+        return p
+
+
+@triton.jit
+def _write_statistics(
+    maximum, total, spread_total, lse_ptr, entropy_ptr, at, mask, WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr
+):
+    if WITH_LSE:
+        tl.store(lse_ptr + at, log_sum_exp(maximum, total), mask=mask)
+    if WITH_ENTROPY:
+        tl.store(entropy_ptr + at, entropy(total, spread_total), mask=mask)
+
+
+@triton.jit
+def _run_of_lines(
+    q_base, k_base, v_base, weights_ptr, decay_ptr, first_key_ptr, partial_base, lse_ptr, entropy_ptr,
+    stride_qt, stride_kt, stride_vt, n_major, n_minor, winding, seq_len, scale, batch, head, global_head,
+    family, first_line, block,
+    TOPOLOGY: tl.constexpr, FORM: tl.constexpr, ARCS: tl.constexpr, STREAMS: tl.constexpr, WHOLE: tl.constexpr,
+    EVEN: tl.constexpr, FOLD: tl.constexpr, BLOCK_C: tl.constexpr, LINES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOKEN_WEIGHTS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The partial sum ``sum_s g_s O_s`` of one family for a block of positions on a run of lines.
+
+    Where a block's visible keys fit one block of keys (``WHOLE``) there is one pass. Otherwise a first pass over
+    blocks of keys finds the normalisers and a second one multiplies by V, so that the arcs still share that product.
+    """
+    loop, stride, slope, num_lines, length, max_step = line_family(
+        family, n_major, n_minor, winding, seq_len, TOPOLOGY
+    )
+    STRAIGHT: tl.constexpr = ARCS or TOPOLOGY == CAUSAL
+    stream = tl.where(family < 2, 2 * family, family + 2)
+    # A stream that is left out has no queries.
+    queries = tl.where(((STREAMS >> stream) & 1) != 0, length, 0)
+    unit = squared_step(loop, FORM)
+    decline = bias_slope(tl.load(decay_ptr + head * 8 + stream), unit)
+    partner_decline = decline
+    partner_queries = queries
+    if ARCS:
+        partner_decline = bias_slope(tl.load(decay_ptr + head * 8 + stream + 1), unit)
+        partner_queries = tl.where(((STREAMS >> (stream + 1)) & 1) != 0, length, 0)
+
+    query_position = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_key_position = 0
+    end_key_position = length
+    if FORM == OPEN_PAST:
+        first_key_position = tl.maximum(block * BLOCK_M - max_step, 0)
+        end_key_position = tl.minimum((block + 1) * BLOCK_M, length)
+    key_position = first_key_position + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_C)
+    offset = tl.arange(0, BLOCK_M).to(tl.float32)
+    reach = tl.minimum(query_position, max_step)
+    if ARCS and FOLD:
+        if WHOLE and not HAS_FIRST_KEY:
+            bias, partner_bias = arc_biases(offset, column, loop, reach, decline, partner_decline, FORM)
+    elif WHOLE and not HAS_FIRST_KEY:
+        # The same for every line of the run.
+        bias, partner_bias = _biases(
+            query_position, key_position, length, loop, max_step, decline, partner_decline, FORM, ARCS
+        )
+
+    for line in range(first_line, tl.minimum(first_line + LINES, num_lines)):
+        # Tokens count from the first of the line, pointers and lengths too.
+        start = line_start(family, line, n_minor, STRAIGHT, TOPOLOGY)
+        remaining = seq_len - start
+        k_line, v_line = k_base + start * stride_kt, v_base + start * stride_vt
+        query_token = tokens_along(line, query_position, stride, slope, num_lines, STRAIGHT)
+        query_valid = on_line(query_position, query_token, length, remaining, TOPOLOGY, EVEN)
+        q = load_rows(q_base + start * stride_qt, query_token, query_valid, stride_qt, D, BLOCK_D)
+        if HAS_FIRST_KEY:
+            oldest = oldest_key(first_key_ptr, batch, start + query_token, query_valid, seq_len)
+            reach = reach_of(oldest, line, stride, query_position, max_step)
+        row = global_head * seq_len + start + query_token
+        gate_at = gate_rows(row, head, TOKEN_WEIGHTS) * 8 + stream
+        present = query_valid & (query_position < queries)
+        partner_present = query_valid & (query_position < partner_queries)
+        gate = tl.load(weights_ptr + gate_at, mask=present, other=0.0)
+        partner_gate = gate
+        if ARCS:
+            partner_gate = tl.load(weights_ptr + gate_at + 1, mask=partner_present, other=0.0)
+
+        if ARCS and FOLD:
+            # Zeros that the compiler cannot see through: it would hold every comparison of offsets in registers.
+            line_offset = offset + line * 0.0
+            line_offset_again = offset + line * -0.0
+            if WHOLE:
+                if HAS_FIRST_KEY:
+                    bias, partner_bias = arc_biases(offset, column, loop, reach, decline, partner_decline, FORM)
+                (y, norm, maximum, total, spread_total, partner_maximum, partner_total, partner_spread) = whole_arcs(
+                    q, k_line, v_line, stride_kt, stride_vt, line_offset, line_offset_again, bias, partner_bias,
+                    decline, reach, gate, partner_gate, block * BLOCK_M, column, stride, length, remaining, loop, scale,
+                    TOPOLOGY, FORM, EVEN, D, BLOCK_D, WITH_ENTROPY, PRECISION,
+                )
+            else:
+                (y, norm, maximum, total, spread_total, partner_maximum, partner_total, partner_spread) = blocked_arcs(
+                    q, k_line, v_line, stride_kt, stride_vt, offset, decline, partner_decline, reach, gate,
+                    partner_gate, block * BLOCK_M, stride, length, remaining, loop, scale, TOPOLOGY, FORM, BLOCK_C,
+                    D, BLOCK_D, WITH_ENTROPY, PRECISION,
+                )
+        elif WHOLE:
+            key_token = tokens_along(line, key_position, stride, slope, num_lines, STRAIGHT)
+            key_valid = on_line(key_position, key_token, length, remaining, TOPOLOGY, EVEN)
+            k = load_rows(k_line, key_token, key_valid, stride_kt, D, BLOCK_D)
+            v = load_rows(v_line, key_token, key_valid, stride_vt, D, BLOCK_D)
+            if HAS_FIRST_KEY:
+                bias, partner_bias = _biases(
+                    query_position, key_position, length, loop, reach[:, None], decline, partner_decline, FORM, ARCS
+                )
+            scores = dot_transposed(q, k, PRECISION) * scale
+            exponents = scores + bias
+            maximum = row_maximum(exponents)
+            exponents -= maximum[:, None]
+            p = tl.exp2(exponents)
+            total = tl.sum(p, axis=1)
+            spread_total = spread(p, exponents) if WITH_ENTROPY else total
+            partner_p, partner_maximum, partner_total, partner_spread = p, maximum, total, spread_total
+            if ARCS:
+                exponents = scores + partner_bias
+                partner_maximum = row_maximum(exponents)
+                exponents -= partner_maximum[:, None]
+                partner_p = tl.exp2(exponents)
+                partner_total = tl.sum(partner_p, axis=1)
+                partner_spread = spread(partner_p, exponents) if WITH_ENTROPY else partner_total
+            factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, ARCS)
+            y = dot_cast(_mixed(p, factor, partner_p, partner_factor, ARCS), v, PRECISION)
+        else:
+            maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            spread_total = total
+            partner_maximum, partner_total, partner_spread = maximum, total, spread_total
+            for first in range(first_key_position, end_key_position, BLOCK_N):
+                position = first + tl.arange(0, BLOCK_N)
+                key_token = tokens_along(line, position, stride, slope, num_lines, STRAIGHT)
+                key_valid = on_line(position, key_token, length, remaining, TOPOLOGY, False)
+                k = load_rows(k_line, key_token, key_valid, stride_kt, D, BLOCK_D)
+                bias, partner_bias = _biases(
+                    query_position, position, length, loop, reach[:, None], decline, partner_decline, FORM, ARCS
+                )
+                scores = dot_transposed(q, k, PRECISION) * scale
+                maximum, total, spread_total = accumulate(scores + bias, maximum, total, spread_total, WITH_ENTROPY)
+                if ARCS:
+                    partner_maximum, partner_total, partner_spread = accumulate(
+                        scores + partner_bias, partner_maximum, partner_total, partner_spread, WITH_ENTROPY
+                    )
+            maximum, partner_maximum = anchor(maximum), anchor(partner_maximum)
+            factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, ARCS)
+            y = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            for first in range(first_key_position, end_key_position, BLOCK_N):
+                position = first + tl.arange(0, BLOCK_N)
+                key_token = tokens_along(line, position, stride, slope, num_lines, STRAIGHT)
+                key_valid = on_line(position, key_token, length, remaining, TOPOLOGY, False)
+                k = load_rows(k_line, key_token, key_valid, stride_kt, D, BLOCK_D)
+                v = load_rows(v_line, key_token, key_valid, stride_vt, D, BLOCK_D)
+                bias, partner_bias = _biases(
+                    query_position, position, length, loop, reach[:, None], decline, partner_decline, FORM, ARCS
+                )
+                scores = dot_transposed(q, k, PRECISION) * scale
+                p = tl.exp2(scores + bias - maximum[:, None])
+                partner_p = p
+                if ARCS:
+                    partner_p = tl.exp2(scores + partner_bias - partner_maximum[:, None])
+                y = dot_cast(_mixed(p, factor, partner_p, partner_factor, ARCS), v, PRECISION, y)
+
+        store_rows(partial_base + start * D, query_token, query_valid, D, y * norm[:, None], D, BLOCK_D)
+        statistic = row * 8 + stream
+        _write_statistics(
+            maximum, total, spread_total, lse_ptr, entropy_ptr, statistic, present, WITH_LSE, WITH_ENTROPY,
+        )
+        if ARCS:
+            _write_statistics(
+                partner_maximum, partner_total, partner_spread, lse_ptr, entropy_ptr, statistic + 1,
+                partner_present, WITH_LSE, WITH_ENTROPY,
+            )
+
+
+@triton.jit(do_not_specialize=["n_major", "n_minor", "winding", "seq_len", "first_head", "heads", "group"])
+def lines_kernel(
+    q_ptr, k_ptr, v_ptr, weights_ptr, decay_ptr, first_key_ptr, partials_ptr, lse_ptr, entropy_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    n_major, n_minor, winding, seq_len, first_head, heads, group, scale,
+    TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FAMILIES: tl.constexpr, GRID_FAMILIES: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr, FOLD: tl.constexpr, BLOCK_C: tl.constexpr, LINES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr,
+    WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Partial sums of the line families in ``GRID_FAMILIES`` for a chunk of heads.
+
+    Grid: ``(line_programs(...), heads of the chunk)``; heads of all batch elements are counted through, from
+    ``first_head``. ``partials`` is ``[families present, heads of the chunk, T, D]`` float32, ``scale`` that of the
+    scores times log2(e), ``group`` the query heads of a key/value head.
+    """
+    local_head = tl.program_id(1)
+    global_head = (first_head + local_head).to(tl.int64)
+    batch = global_head // heads
+    head = global_head % heads
+    kv_head = head // group
+    family, first_line, block = line_program(
+        tl.program_id(0), n_major, n_minor, winding, seq_len, TOPOLOGY, GRID_FAMILIES, BLOCK_M, LINES
+    )
+    slot = 0
+    for candidate in tl.static_range(4):
+        if (FAMILIES >> candidate) & 1:
+            slot += (candidate < family).to(tl.int32)
+    q_base = q_ptr + batch * stride_qb + head * stride_qh
+    k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
+    v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
+    partial_base = partials_ptr + (slot.to(tl.int64) * tl.num_programs(1) + local_head) * seq_len * D
+    # The form of the open axis; the minor axis is closed on a cylinder too.
+    FORM: tl.constexpr = OPEN_PAST if TOPOLOGY == CAUSAL else (OPEN_BOTH if TOPOLOGY == CYLINDER else CLOSED)
+    if family >= 2:
+        if GRID_FAMILIES & 12:
+            _run_of_lines(
+                q_base, k_base, v_base, weights_ptr, decay_ptr, first_key_ptr, partial_base, lse_ptr, entropy_ptr,
+                stride_qt, stride_kt, stride_vt, n_major, n_minor, winding, seq_len, scale, batch, head, global_head,
+                family, first_line, block, TOPOLOGY, FORM, False, STREAMS, WHOLE, EVEN, FOLD, BLOCK_C, LINES, BLOCK_M,
+                BLOCK_N, D, BLOCK_D, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY, PRECISION,
+            )
+    elif (TOPOLOGY == CYLINDER) and (family == MINOR):
+        if GRID_FAMILIES & 2:
+            _run_of_lines(
+                q_base, k_base, v_base, weights_ptr, decay_ptr, first_key_ptr, partial_base, lse_ptr, entropy_ptr,
+                stride_qt, stride_kt, stride_vt, n_major, n_minor, winding, seq_len, scale, batch, head, global_head,
+                family, first_line, block, TOPOLOGY, CLOSED, True, STREAMS, WHOLE, EVEN, FOLD, BLOCK_C, LINES, BLOCK_M,
+                BLOCK_N, D, BLOCK_D, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY, PRECISION,
+            )
+    else:
+        if GRID_FAMILIES & 3:
+            _run_of_lines(
+                q_base, k_base, v_base, weights_ptr, decay_ptr, first_key_ptr, partial_base, lse_ptr, entropy_ptr,
+                stride_qt, stride_kt, stride_vt, n_major, n_minor, winding, seq_len, scale, batch, head, global_head,
+                family, first_line, block, TOPOLOGY, FORM, True, STREAMS, WHOLE, EVEN, FOLD, BLOCK_C, LINES, BLOCK_M,
+                BLOCK_N, D, BLOCK_D, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY, PRECISION,
+            )

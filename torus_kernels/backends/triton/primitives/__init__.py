@@ -1,0 +1,1 @@
+"""What the kernels share: the lattice, tiles of rows in memory, and the softmax in base 2."""

@@ -1,0 +1,100 @@
+"""The softmax in base 2: scores arrive multiplied by log2(e), so that exponentials are single instructions.
+
+Every stream has its own maximum and its own normaliser: under a shared maximum a stream whose scores lie far below
+the other's would vanish without a sign.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def bias_slope(decay, squared_unit):
+    """What a squared distance, in squared units, is multiplied by and subtracted from a score in base 2."""
+    return decay * (0.5 * LOG2E) * squared_unit
+
+
+@triton.jit
+def masked(scores, visible):
+    """Scores where visible, -inf elsewhere."""
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def anchor(maximum):
+    """A row's maximum as exponents are taken from it: 0 in a row that sees nothing (yet), which then sums to 0."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def row_maximum(scores):
+    """Anchored row maxima ``[BLOCK_M]``."""
+    return anchor(tl.max(scores, axis=1))
+
+
+@triton.jit
+def spread(exponentials, exponents):
+    """``sum e * (x - max)`` of each row in base 2, the part of the entropy that keys add; masked keys add nothing."""
+    return tl.sum(tl.where(exponentials > 0, exponentials * exponents, 0.0), axis=1)
+
+
+@triton.jit
+def accumulate(scores, maximum, total, spread_total, WITH_SPREAD: tl.constexpr):
+    """One block of a softmax that goes on over blocks, from ``(-inf, 0, 0)``: the three, updated."""
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+    anchored = anchor(new_maximum)
+    exponents = scores - anchored[:, None]
+    exponentials = tl.exp2(exponents)
+    kept = tl.exp2(maximum - anchored)
+    if WITH_SPREAD:
+        spread_total = kept * (spread_total + total * (anchor(maximum) - anchored)) + spread(exponentials, exponents)
+    total = kept * total + tl.sum(exponentials, axis=1)
+    return new_maximum, total, spread_total
+
+
+@triton.jit
+def accumulate_one(score, maximum, total, spread_total, WITH_SPREAD: tl.constexpr):
+    """One more key of every row, `accumulate` with scores ``[BLOCK_M]``."""
+    new_maximum = tl.maximum(maximum, score)
+    anchored = anchor(new_maximum)
+    exponential = tl.exp2(score - anchored)
+    kept = tl.exp2(maximum - anchored)
+    if WITH_SPREAD:
+        added = tl.where(exponential > 0, exponential * (score - anchored), 0.0)
+        spread_total = kept * (spread_total + total * (anchor(maximum) - anchored)) + added
+    return new_maximum, kept * total + exponential, spread_total
+
+
+@triton.jit
+def mixing(gate, total, partner_gate, partner_total, PAIR: tl.constexpr):
+    """Factors of two streams' exponentials and the factor that is left for their common product with V.
+
+    The larger factor of a row is 1, so that low precision keeps what small gates multiply. A stream without a
+    partner leaves everything to the last.
+    """
+    factor = gate / total
+    if PAIR:
+        partner_factor = partner_gate / partner_total
+        norm = tl.maximum(tl.abs(factor), tl.abs(partner_factor))
+        norm = tl.where(norm == 0, 1.0, norm)
+        return factor / norm, partner_factor / norm, norm
+    else:
+        return factor, factor, factor
+
+
+@triton.jit
+def log_sum_exp(maximum, total):
+    """Log-sum-exp in nats from an anchored maximum and a normaliser, both in base 2."""
+    return (maximum + tl.log2(total)) * LN2
+
+
+@triton.jit
+def entropy(total, spread_total):
+    """Entropy in nats, at least 0; NaN stays NaN."""
+    nats = (tl.log2(total) - spread_total / total) * LN2
+    return tl.where(nats < 0, 0.0, nats)

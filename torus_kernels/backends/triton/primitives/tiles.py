@@ -1,0 +1,71 @@
+"""Tiles of rows in memory and their products.
+
+A row is the D contiguous channels of a token. Offsets are int64 throughout, since T * stride passes 2**31 in long
+sequences. BLOCK_D is D rounded up to a power of two, at least 16 (what a tensor core takes); the channels beyond D
+are read as zero and never written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+MIN_BLOCK = 16
+
+
+def block_d(head_dim: int) -> int:
+    """Channels of a tile."""
+    return max(MIN_BLOCK, triton.next_power_of_2(head_dim))
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How `dot` multiplies: exactly, unless PyTorch was told that float32 products may be rounded to TF32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@triton.jit
+def row_pointers(base, token, stride_token, BLOCK_D: tl.constexpr):
+    """Pointers ``[BLOCK, BLOCK_D]`` of rows at tokens; ``base`` points at channel 0 of token 0 of a head."""
+    return base + (token.to(tl.int64) * stride_token)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def load_rows(base, token, valid, stride_token, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows ``[BLOCK, BLOCK_D]``; zero where not ``valid`` ``[BLOCK]``."""
+    pointers = row_pointers(base, token, stride_token, BLOCK_D)
+    mask = valid[:, None]
+    if BLOCK_D != D:
+        mask = mask & (tl.arange(0, BLOCK_D) < D)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, token, valid, stride_token, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Writes rows ``[BLOCK, BLOCK_D]`` where ``valid``, rounded to the pointer's dtype."""
+    pointers = row_pointers(base, token, stride_token, BLOCK_D)
+    mask = valid[:, None]
+    if BLOCK_D != D:
+        mask = mask & (tl.arange(0, BLOCK_D) < D)[None, :]
+    tl.store(pointers, rows.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gate_rows(row, head, PER_TOKEN: tl.constexpr):
+    """Which row of contiguous gates belongs to rows ``[BLOCK]`` of ``[B, H, T]``: their own, or that of their head."""
+    if PER_TOKEN:
+        return row
+    else:
+        return tl.zeros_like(row) + head
+
+
+@triton.jit
+def dot_transposed(a, b, PRECISION: tl.constexpr):
+    """``a @ b.T`` of rows ``[M, K]`` and ``[N, K]``, accumulated in float32."""
+    return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+
+
+@triton.jit
+def dot_cast(probabilities, b, PRECISION: tl.constexpr, acc=None):
+    """``acc + probabilities @ b`` of float32 ``[M, K]`` rounded to the dtype of ``b`` ``[K, N]``, in float32."""
+    return tl.dot(probabilities.to(b.dtype), b, acc=acc, input_precision=PRECISION)
