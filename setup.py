@@ -78,9 +78,10 @@ EXTRAS = {
     "bench": ["pytest-benchmark", "rich", "matplotlib"],
     "test": ["pytest", "pytest-benchmark", "hypothesis"],
     "lint": ["ruff"],
-    "triton": ["triton"],  # CUDA builds of torch bring it along
+    # CUDA builds of torch bring along the one they are made for; others take it to interpret and compile kernels.
+    "triton": ["triton>=3.6,<3.10; sys_platform == 'linux' and platform_machine == 'x86_64'"],
 }
-EXTRAS["all"] = sorted({name for extra in ("model", "bench", "test", "lint") for name in EXTRAS[extra]})
+EXTRAS["all"] = sorted({name for extra in ("model", "bench", "test", "lint", "triton") for name in EXTRAS[extra]})
 
 setup(
     name="torus-kernels",

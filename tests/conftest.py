@@ -1,18 +1,21 @@
 import os
 
+import interpreter
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from support import Backend
 
-import torus_kernels
-from torus_kernels.backends import BACKENDS
+from torus_kernels.backends import BACKENDS, unavailable
 
 # Tests name the backend they run on; a variable left over from the shell would overrule the defaults under test.
 os.environ.pop("TORUS_BACKEND", None)
 
 # Threads cost tiny tensors more than they give them. Tests of what threads may break ask for some.
 torch.set_num_threads(1)
+
+if Backend("triton").is_interpreted:
+    interpreter.redefine_the_language_once()
 
 _QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("default", max_examples=40, derandomize=True, **_QUIET)
@@ -26,13 +29,22 @@ def _marks(name: str) -> list[pytest.MarkDecorator]:
 
 
 def require_backend(name: str) -> Backend:
-    if name not in torus_kernels.available_backends():
-        reason = torus_kernels.backend_report()[name].splitlines()[0]
-        pytest.skip(f"backend {name}: {reason}")
+    if reason := unavailable(name):
+        pytest.skip(f"backend {name}: {reason.splitlines()[0]}")
     backend = Backend(name)
     if backend.device == "cuda" and not torch.cuda.is_available():
         pytest.skip(f"backend {name}: no CUDA device")
     return backend
+
+
+@pytest.fixture(autouse=True)
+def _skip_dtypes_that_the_backend_does_not_take(request):
+    """For tests of every backend that are parametrized by the tokens' ``dtype``."""
+    backend = next((request.getfixturevalue(name) for name in ("backend", "kernel_backend")
+                    if name in request.fixturenames), None)
+    dtype = getattr(request.node, "callspec", None) and request.node.callspec.params.get("dtype")
+    if backend is not None and dtype is not None and dtype.is_floating_point and dtype not in backend.dtypes:
+        pytest.skip(f"{dtype} is not for {backend.name}")
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=_marks(name)) for name in BACKENDS])

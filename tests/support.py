@@ -30,18 +30,30 @@ class Backend:
     name: str
 
     @property
+    def is_interpreted(self) -> bool:
+        """Triton's interpreter runs the kernels, on the CPU and slowly; the variable counts when triton is imported."""
+        return self.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+    @property
     def device(self) -> str:
-        return "cuda" if self.name in ("triton", "cuda") else "cpu"
+        return "cuda" if self.name in ("triton", "cuda") and not self.is_interpreted else "cpu"
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Dtypes the operator's definition asks of the backend; float64 on a GPU belongs to ``reference``."""
+        if self.is_interpreted:
+            return (torch.float32, torch.float16)  # its matrix products are wrong in bfloat16
         low = (torch.float32, torch.float16, torch.bfloat16)
         return low if self.device == "cuda" else (torch.float64, *low)
 
     @property
     def exact_dtype(self) -> torch.dtype:
         return self.dtypes[0]
+
+    @property
+    def low_dtype(self) -> torch.dtype:
+        """A 16-bit dtype: bfloat16 wherever the backend takes it."""
+        return self.dtypes[-1]
 
     def attention(self, *args, **kwargs) -> Tensor:
         return torus_kernels.torus_attention(*args, backend=self.name, **kwargs)

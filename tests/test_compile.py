@@ -121,11 +121,11 @@ def test_autocast_is_traced(backend):
     problem = make_problem(LATTICE, 17).to(torch.float32, backend.device)
 
     def function(q):
-        with torch.autocast(backend.device, dtype=torch.bfloat16):
+        with torch.autocast(backend.device, dtype=backend.low_dtype):
             return backend.attention(**problem.replace(q=q).arguments())
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(problem.q)
-    assert compiled.dtype == torch.bfloat16
+    assert compiled.dtype == backend.low_dtype
     assert torch.equal(compiled, function(problem.q))
 
 

@@ -80,14 +80,6 @@ GATES = pytest.mark.parametrize("token_gates", [False, True])
 MOMENTUM = pytest.mark.parametrize("momentum", [False, True])
 
 
-@pytest.fixture(autouse=True)
-def _skip_what_a_backend_does_not_take(request):
-    if {"backend", "dtype"} <= set(request.fixturenames):
-        backend, dtype = request.getfixturevalue("backend"), request.getfixturevalue("dtype")
-        if dtype not in backend.dtypes:
-            pytest.skip(f"{dtype} is not for {backend.name}")
-
-
 @DTYPES
 @GATES
 @MOMENTUM

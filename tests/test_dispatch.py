@@ -100,7 +100,7 @@ class TestOpcheck:
 class TestShapesWithoutValues:
     @KINDS
     def test_fake_tensors(self, backend, kind):
-        problem = problem_for(kind).to(torch.bfloat16, backend.device)
+        problem = problem_for(kind).to(backend.low_dtype, backend.device)
         real_out, real_stats = backend.attention_with_stats(**problem.arguments())
         real_grads = evaluate(backend.attention, problem)
         with FakeTensorMode() as mode:
@@ -146,14 +146,14 @@ class TestAutocast:
     def test_tokens_are_cast_and_parameters_are_not(self, backend):
         problem = make_problem(CAUSAL, 9).to(torch.float32, backend.device)
         leaves = {name: x.requires_grad_() for name, x in problem.tensors().items()}
-        with torch.autocast(backend.device, dtype=torch.bfloat16):
+        with torch.autocast(backend.device, dtype=backend.low_dtype):
             out, stats = backend.attention_with_stats(**problem.arguments())
-        assert out.dtype == torch.bfloat16
+        assert out.dtype == backend.low_dtype
         assert stats.lse.dtype == torch.float32
-        by_hand = problem.replace(**{name: getattr(problem, name).bfloat16()
+        by_hand = problem.replace(**{name: getattr(problem, name).to(backend.low_dtype)
                                      for name in ("q", "k", "v", "ema_state")})
         assert torch.equal(out, backend.attention(**by_hand.arguments()))
-        out.backward(problem.d_out.bfloat16())
+        out.backward(problem.d_out.to(backend.low_dtype))
         for name, leaf in leaves.items():
             assert leaf.grad.dtype == torch.float32, name
             assert leaf.grad.isfinite().all(), name
@@ -185,14 +185,14 @@ class TestAutocast:
         gate, states = torch.rand(4, device=backend.device), torch.randn(3, 2, 4, 9, 8, device=backend.device)
         with backend.chosen():
             exact = ema_compound(x, state, gate)
-            with torch.autocast(backend.device, dtype=torch.bfloat16):
-                out = ema_compound(x, state, gate.bfloat16())
+            with torch.autocast(backend.device, dtype=backend.low_dtype):
+                out = ema_compound(x, state, gate.to(backend.low_dtype))
                 momentum, new_velocity = ema_compound(x, state, gate, beta=gate, velocity=velocity)
                 mixed, new_states = ema_compound_multiscale(x, states, gate.expand(3, 4), gate[:3])
                 turned = lattice_rope(x, PERIODIC)
-        assert out.dtype == momentum.dtype == mixed.dtype == new_states.dtype == torch.bfloat16
+        assert out.dtype == momentum.dtype == mixed.dtype == new_states.dtype == backend.low_dtype
         assert new_velocity.dtype == turned.dtype == torch.float32
-        assert error(out, exact) <= 4 * torch.finfo(torch.bfloat16).eps * exact.abs().max().item()
+        assert error(out, exact) <= 4 * torch.finfo(backend.low_dtype).eps * exact.abs().max().item()
 
 
 def test_registered_operators_are_the_public_ones():

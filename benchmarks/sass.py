@@ -1,0 +1,342 @@
+"""What Triton kernels compile to, read without a GPU: ``python -m benchmarks.sass WORKLOAD``.
+
+The kernels that a function launches are compiled for a compute capability instead of being run. Of each, one sees
+registers, spills and shared memory, and the machine instructions (SASS) of its loops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from torus_kernels.api import default_decay
+from torus_kernels.backends import BackendError, load
+
+from .workloads import WORKLOADS, Workload
+
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory that one thread block may have, by compute capability (CUDA C++ Programming Guide, table of
+technical specifications)."""
+
+_L2_CACHE = {80: 40 * 2**20, 86: 6 * 2**20, 89: 72 * 2**20, 90: 50 * 2**20}
+_MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132}
+
+_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+_PREDICATE = re.compile(r"^@!?U?P[0-9T]+\s+")
+_BRANCH = re.compile(r"^BRA\b.*?(0x[0-9a-f]+)$")
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+# Opcodes of the tensor cores: mma.sync and, from sm_90 on, wgmma.
+_TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "DMMA")
+
+
+class NoDisassembler(RuntimeError):
+    """Neither Triton's package nor the PATH has a cuobjdump."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One machine instruction: its address, and its text without the predicate that guards it."""
+
+    address: int
+    text: str
+
+    @property
+    def opcode(self) -> str:
+        """With modifiers, as in ``MUFU.EX2``."""
+        return self.text.split(maxsplit=1)[0]
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch goes, None for everything else."""
+        match = _BRANCH.match(self.text)
+        return None if match is None else int(match[1], 16)
+
+
+def parse(listing: str) -> list[Instruction]:
+    """The instructions of a listing by ``cuobjdump -sass``, without the padding that follows the last of them."""
+    found = []
+    for line in listing.splitlines():
+        if match := _LINE.match(line):
+            found.append(Instruction(int(match[1], 16), _PREDICATE.sub("", match[2])))
+    while found and found[-1].opcode == "NOP":
+        found.pop()
+    if found and found[-1].target == found[-1].address:
+        found.pop()  # the trap behind the last EXIT
+    return found
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Instructions from the head of a loop to its last branch back, those of nested loops included."""
+
+    body: tuple[Instruction, ...]
+    innermost: bool
+
+    def count(self, *opcodes: str) -> int:
+        return _count(self.body, *opcodes)
+
+    def __len__(self) -> int:
+        return sum(instruction.opcode != "NOP" for instruction in self.body)
+
+
+def _count(body: tuple[Instruction, ...], *opcodes: str) -> int:
+    """Instructions whose opcode is one of those, or one of those with modifiers."""
+    return sum(i.opcode == name or i.opcode.startswith(f"{name}.") for i in body for name in opcodes)
+
+
+def find_loops(instructions: list[Instruction]) -> list[Loop]:
+    """Loops in the order of their heads; branches back to one head are one loop."""
+    ends: dict[int, int] = {}
+    for instruction in instructions:
+        target = instruction.target
+        if target is not None and target <= instruction.address:
+            ends[target] = max(instruction.address, ends.get(target, 0))
+    spans = sorted(ends.items())
+    return [
+        Loop(
+            tuple(i for i in instructions if head <= i.address <= end),
+            innermost=not any(head <= h and e <= end and (h, e) != (head, end) for h, e in spans),
+        )
+        for head, end in spans
+    ]
+
+
+@dataclass(frozen=True)
+class Code:
+    """A compiled kernel.
+
+    Attributes:
+        name: of the kernel's function.
+        constants: its ``tl.constexpr`` arguments and those that were compiled in, by name.
+        num_warps: of a program.
+        registers: of a thread.
+        local_bytes: of a thread, in local memory: the stack and spilled registers.
+        shared_bytes: of a program.
+        instructions: of the whole kernel.
+    """
+
+    name: str
+    constants: dict[str, Any]
+    num_warps: int
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    instructions: tuple[Instruction, ...]
+
+    def count(self, *opcodes: str) -> int:
+        """Instructions of the whole kernel with one of these opcodes, whatever their modifiers."""
+        return _count(self.instructions, *opcodes)
+
+    @property
+    def spills(self) -> int:
+        """Loads from and stores to local memory."""
+        return self.count("LDL", "STL")
+
+    @property
+    def uses_tensor_cores(self) -> bool:
+        return self.count(*_TENSOR_CORE) > 0
+
+    @functools.cached_property
+    def loops(self) -> list[Loop]:
+        return find_loops(list(self.instructions))
+
+    def per_score(self, loop: Loop, scores: int) -> float:
+        """Instructions that a thread spends on each of its scores, where one turn of the loop makes ``scores`` of
+        them in the whole program. Both sides count threads: a warp's instruction is one for each of its 32."""
+        return len(loop) * 32 * self.num_warps / scores
+
+    def describe(self) -> str:
+        """Resources, and a line for each loop: its length and what it mostly consists of."""
+        constants = ", ".join(f"{name}={value}" for name, value in self.constants.items())
+        lines = [
+            f"{self.name}({constants})",
+            f"  {self.num_warps} warps, {self.registers} registers, {self.local_bytes} bytes local, "
+            f"{self.spills} spilling instructions, {self.shared_bytes} bytes shared, "
+            f"{len(self.instructions)} instructions, tensor cores {'yes' if self.uses_tensor_cores else 'no'}",
+        ]
+        for loop in self.loops:
+            kinds = collections.Counter(i.opcode.partition(".")[0] for i in loop.body)
+            exps = loop.count("MUFU.EX2")
+            lines.append(
+                f"  {'inner' if loop.innermost else 'outer'} loop at {loop.body[0].address:#x}: {len(loop)} "
+                f"instructions, {exps} exp{f' ({len(loop) / exps:.1f} each)' if exps else ''}; "
+                + ", ".join(f"{kind} {n}" for kind, n in kinds.most_common(12))
+            )
+        return "\n".join(lines)
+
+
+@functools.cache
+def disassembler() -> str:
+    """Path of cuobjdump: the one that Triton would use, from its package or the PATH.
+
+    Raises:
+        NoDisassembler: there is none.
+    """
+    from triton import knobs
+
+    try:
+        return knobs.nvidia.cuobjdump.path
+    except RuntimeError as error:
+        raise NoDisassembler(str(error)) from error
+
+
+def read(kernel: Any, constants: dict[str, Any] | None = None) -> Code:
+    """What a ``triton`` kernel that ``compile`` or ``warmup`` returned consists of.
+
+    Raises:
+        NoDisassembler: there is no cuobjdump.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [disassembler(), "-sass", "-res-usage", cubin.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, _, local = (int(n) for n in _RESOURCES.search(listing).groups())
+    metadata = kernel.metadata
+    return Code(metadata.name, constants or {}, metadata.num_warps, registers, stack + local, metadata.shared,
+                tuple(parse(listing)))
+
+
+class _Offline:
+    """Stands in for Triton's driver: a device of the capability that nothing can be launched on."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self) -> int:
+        return -self._capability  # under which Triton keeps what it compiled, apart from that of real devices
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def device_properties(capability: int) -> SimpleNamespace:
+    """Those of ``torch.cuda.get_device_properties`` that configurations depend on, of the data-centre or, where there
+    is none, the largest part of the capability."""
+    return SimpleNamespace(
+        name=f"sm_{capability}", major=capability // 10, minor=capability % 10, warp_size=32,
+        multi_processor_count=_MULTIPROCESSORS[capability], L2_cache_size=_L2_CACHE[capability],
+        shared_memory_per_block_optin=SHARED_MEMORY[capability], total_memory=40 * 2**30,
+    )
+
+
+@contextlib.contextmanager
+def _pretended_device(capability: int) -> Iterator[None]:
+    from triton.runtime.driver import driver
+
+    before = driver._active
+    driver.set_active(_Offline(capability))
+    try:
+        with (
+            mock.patch("torch.cuda.get_device_properties", lambda device=None: device_properties(capability)),
+            mock.patch("torch.cuda.get_device_capability", lambda device=None: divmod(capability, 10)),
+            mock.patch("torch.cuda.current_device", lambda: 0),
+        ):
+            yield
+    finally:
+        driver._active = before
+
+
+def compile_launches(function: Callable[[], object], capability: int) -> list[Code]:
+    """Calls ``function``, and compiles every Triton kernel that it launches instead of running it.
+
+    The tensors that it passes to kernels may be on the device ``meta``, where they take no memory. Kernels that are
+    launched more than once in one form are listed once.
+
+    Args:
+        function: what launches the kernels.
+        capability: compute capability to compile for, such as 80 or 90.
+
+    Raises:
+        NoDisassembler: there is no cuobjdump.
+    """
+    from triton.runtime.jit import JITFunction
+
+    run, found = JITFunction.run, {}
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        given = dict(zip(self.arg_names, args, strict=False)) | options
+        constants = {p.name: given.get(p.name, p.default) for p in self.params if p.is_constexpr}
+        found.setdefault(kernel.hash, (kernel, constants))
+        return kernel
+
+    with _pretended_device(capability), mock.patch.object(JITFunction, "run", compile_only):
+        function()
+    return [read(kernel, constants) for kernel, constants in found.values()]
+
+
+def launch_attention(workload: Workload, dtype: torch.dtype, *, backward: bool) -> None:
+    """Calls the Triton backend on a workload's tensors of no memory: for `compile_launches`."""
+    backend = load("triton")
+    lattice, heads = workload.lattice, workload.heads
+    shape = (workload.batch, heads, workload.seq_len, workload.head_dim)
+
+    def tokens() -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def parameters(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=torch.float32, device="meta")
+
+    weights, decay = parameters(heads, 8), default_decay(heads, device="meta")
+    operands = (weights, decay, tokens(), parameters(heads), None, lattice, workload.head_dim**-0.5)
+    lse = parameters(*shape[:3], 8)
+    if not backward:
+        backend.attention_forward(tokens(), tokens(), tokens(), *operands, tokens(), None, None)
+        return
+    backend.attention_backward(
+        tokens(), tokens(), tokens(), tokens(), lse, *operands, tokens(), tokens(), tokens(), parameters(heads, 8),
+        parameters(heads, 8), tokens(), parameters(heads),
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.sass",
+        description="Compiles the Triton kernels of a workload without a GPU and shows their registers, spills, shared "
+                    "memory and the instructions of their loops.",
+    )
+    parser.add_argument("workload", choices=WORKLOADS, metavar="WORKLOAD", help=f"one of {', '.join(WORKLOADS)}")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
+    parser.add_argument("--capability", type=int, choices=SHARED_MEMORY, default=90, help="default: %(default)s")
+    parser.add_argument("--backward", action="store_true", help="the kernels of the gradient")
+    parser.add_argument("--listing", type=Path, metavar="DIR", help="folder for a listing of each kernel")
+    arguments = parser.parse_args(argv)
+    dtype = getattr(torch, arguments.dtype)
+    try:
+        codes = compile_launches(
+            lambda: launch_attention(WORKLOADS[arguments.workload], dtype, backward=arguments.backward),
+            arguments.capability,
+        )
+    except (ImportError, BackendError, NoDisassembler) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    for number, code in enumerate(codes):
+        print(code.describe())
+        if arguments.listing is not None:
+            arguments.listing.mkdir(parents=True, exist_ok=True)
+            text = "".join(f"{i.address:#06x} {i.text}\n" for i in code.instructions)
+            (arguments.listing / f"{number}_{code.name}.sass").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

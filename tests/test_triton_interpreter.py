@@ -1,0 +1,56 @@
+"""The Triton kernels without a GPU: parts of the suite run again under Triton's interpreter, which takes CPU tensors.
+
+The interpreter is slow, so these are the small cases. Everything else of the suite runs on it too, for as long as it
+takes: ``TRITON_INTERPRET=1 ./run test -k triton``.
+"""
+
+import concurrent.futures
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+TESTS = Path(__file__).parent
+TIMEOUT = 1800
+
+# What of each file runs, as an expression of pytest's -k.
+SELECTED = {
+    "test_golden.py": "rope or float32 and (2x2 or 8x4 or 6x4 or 5x6 or 3x5 or 7x5 or loops_only or w3_T64) "
+                      "or float16 and (2x2 or 7x5 or periodic_6x4)",
+    "test_symmetries.py": "test_shift and 6x4 and 3-2 or reflection_of_u and 5x6 or transposition and 5x5",
+    "test_causal.py": "oldest_visible or one_token or first_key_in_64 or first_key_beyond "
+                      "or (no_gradient or forgotten) and 2x2",
+    "test_dispatch.py": "TestOpcheck and (packed and float32 or ema or multiscale or rope) "
+                        "or test_fake_tensors and causal",
+    "test_compounding.py": "not threads",
+    "test_rope.py": "not test_formula or float32",
+    "test_decode.py": "every_step and (2x2 or 7x3) or groups_and_gates and 2-6-2 or test_defaults "
+                      "or test_subsets and (0-3-5 or 4-6) or (negative or beyond) and int64",
+    "test_decode_pytorch.py": "test_autocast or test_opcheck",
+}
+
+
+def _run(file: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / file), "-k",
+               f"triton and ({SELECTED[file]})"]
+    return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """All files, as many at once as there are cores."""
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield {file: pool.submit(_run, file) for file in SELECTED}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the whole suite runs under the interpreter")
+@pytest.mark.parametrize("file", SELECTED)
+def test_suite(runs, file):
+    result = runs[file].result()
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    assert " passed" in result.stdout.splitlines()[-1], result.stdout
