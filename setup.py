@@ -79,7 +79,7 @@ EXTRAS = {
     "test": ["pytest", "pytest-benchmark", "hypothesis"],
     "lint": ["ruff"],
     # CUDA builds of torch bring along the one they are made for; others take it to interpret and compile kernels.
-    "triton": ["triton>=3.6,<3.10; sys_platform == 'linux' and platform_machine == 'x86_64'"],
+    "triton": ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"],
 }
 EXTRAS["all"] = sorted({name for extra in ("model", "bench", "test", "lint", "triton") for name in EXTRAS[extra]})
 

@@ -13,7 +13,7 @@ from .accuracy import Check
 from .candidates import BOTH, OPERATOR
 from .gpu_peers import CUDNN, FLASH
 from .gpu_timing import GpuTiming
-from .report import Case, ReportError, Skipped, _compact
+from .report import Case, ReportError, Skipped, compact
 from .roofline import visible_pairs
 from .tables import Grid, factor, milliseconds
 from .timing import Spread
@@ -140,7 +140,7 @@ class GpuReport:
         fields = {"kind": KIND, "format": FORMAT} | dataclasses.asdict(self)
         for entry in fields["measured"]:
             entry["timing"]["seconds"] = [float(f"{s:.5g}") for s in entry["timing"]["seconds"]]
-        path.write_text(_compact(fields) + "\n")
+        path.write_text(compact(fields) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> GpuReport:

@@ -139,7 +139,7 @@ class Report:
             timing["seconds"] = [float(f"{s:.5g}") for s in timing["seconds"]]
         for entry in fields["roofline"]:
             entry |= {name: float(f"{entry[name]:.4g}") for name in ("gemm", "copy")}
-        path.write_text(_compact(fields) + "\n")
+        path.write_text(compact(fields) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Report:
@@ -175,7 +175,7 @@ class Report:
             raise ReportError(f"{path} does not hold a benchmark report: {error!r}") from error
 
 
-def _compact(fields: dict[str, Any]) -> str:
+def compact(fields: dict[str, Any]) -> str:
     """JSON with one entry of a list to the line, so that files stay short and differences readable."""
     parts = []
     for name, value in fields.items():

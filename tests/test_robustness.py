@@ -191,6 +191,20 @@ def test_number_of_threads_does_not_matter(kernel_backend, lattice, seq_len, bat
             assert_identical(everything(kernel_backend, problem), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=label)
+@pytest.mark.parametrize("lattice, seq_len", [(TorusLattice(16, 16), None), (TorusLattice(12, 40, "causal"), 500),
+                                              (TorusLattice(9, 20, "cylinder"), None)], ids=label)
+def test_threads_keep_to_their_own_scratch(kernel_backend, lattice, seq_len, dtype):
+    """Every head dimension has another size of scratch: room that is short shows where a neighbour's begins."""
+    for head_dim in range(8, 136, 8):
+        problem = problem_on(kernel_backend, lattice, seq_len, dtype, heads=8, head_dim=head_dim)
+        with threads(1):
+            expected = evaluate(kernel_backend.attention, problem)
+        with threads(2):
+            for _ in range(2):
+                assert_identical(evaluate(kernel_backend.attention, problem), expected)
+
+
 def test_inputs_are_left_alone(backend):
     problem = problem_on(backend, *PLACES[1], batch=2, token_weights=True, token_alpha=True)
     problem = problem.replace(first_key=torch.zeros(2, 75, dtype=torch.int32, device=backend.device))

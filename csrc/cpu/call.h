@@ -9,6 +9,7 @@
 namespace torus::TORUS_ISA {
 
 constexpr int64_t kTokensPerUnit = 256;  // of work that goes token by token
+constexpr int kRowsBesideFamily = 2;     // of scratch, for what is done token by token
 constexpr int64_t kMaxTeamHeads = 256;   // that one group of threads works on together
 
 // Everything about a call that does not depend on the head.
@@ -126,17 +127,20 @@ struct Call {
     }
   }
 
+  // Of one thread: a family's scratch, and before it the rows of whatever takes over what the family hands on.
   template <class LineScratch, class CrossScratch>
   int64_t scratch_bytes() const {
-    int64_t bytes = padded_dim * 4 * static_cast<int64_t>(sizeof(T));  // rows of the epilogue
+    Arena rows;
+    for (int i = 0; i < kRowsBesideFamily; ++i) rows.template take<T>(padded_dim);
+    int64_t bytes = rows.used;
     for (const LinePlan<T>& plan : lines) {
       if (plan.active.count == 0) continue;
-      Arena arena;
+      Arena arena = rows;
       LineScratch(plan, padded_dim, arena);
       bytes = max_of(bytes, arena.used);
     }
     if (has_cross()) {
-      Arena arena;
+      Arena arena = rows;
       CrossScratch(cross, padded_dim, arena);
       bytes = max_of(bytes, arena.used);
     }

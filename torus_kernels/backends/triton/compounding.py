@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .forward.launch import on_device, rows
+from .launching import on_device, rows
 
 _ELEMENTS_PER_PROGRAM = 2048
 _MAX_COLUMNS = 256

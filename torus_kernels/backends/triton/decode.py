@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...lattice import TorusLattice
-from .forward.launch import on_device, rows
+from .launching import on_device, rows
 from .primitives.lattice import (
     CAUSAL,
     CLOCKWISE,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...lattice import TorusLattice
-from .forward.launch import on_device, rows
+from .launching import on_device, rows
 
 _PAIRS_PER_PROGRAM = 512
 _ROWS_PER_PROGRAM = 8

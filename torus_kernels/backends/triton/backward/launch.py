@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ....lattice import NUM_STREAMS, TorusLattice
-from ..forward.launch import _MAX_GRID_Y, _l2_bytes, _window_arguments, chunk_heads, on_device, rows
+from ..launching import MAX_GRID_Y, chunk_heads, l2_bytes, on_device, rows, window_arguments
 from ..primitives.lattice import LineFamily, line_families, line_programs
 from ..primitives.tiles import MIN_BLOCK, block_d, input_precision
 from .cross import cross_by_queries
@@ -99,7 +99,7 @@ def cross_launch(lattice: TorusLattice, seq_len: int, head_dim: int, dtype: torc
     wide = block_d(head_dim)
     rows_of_tile = 1 if wide > 128 else 2 if dtype == torch.float32 else 4
     tile_u, tile_v = rows_of_tile, 16
-    b_lo, b_hi = _window_arguments(lattice, seq_len)[2:4]
+    b_lo, b_hi = window_arguments(lattice, seq_len)[2:4]
     limit = 32 if wide <= (128 if dtype != torch.float32 else 64) else 16
     return CrossLaunch(tile_u, tile_v, _power(tile_v + b_hi - b_lo, limit), 4, 2 if wide <= 64 else 1)
 
@@ -120,8 +120,8 @@ def _chunk(pairs: int, group: int, num_families: int, seq_len: int, head_dim: in
     after another and share one slot.
     """
     slot_bytes = 4 * (group + 2) * seq_len * head_dim
-    slots = num_families if num_families * slot_bytes <= 0.75 * _l2_bytes(device) else min(num_families, 1)
-    return slots, min(chunk_heads(pairs, slots * slot_bytes, device), max(1, _MAX_GRID_Y // group))
+    slots = num_families if num_families * slot_bytes <= 0.75 * l2_bytes(device) else min(num_families, 1)
+    return slots, min(chunk_heads(pairs, slots * slot_bytes, device), max(1, MAX_GRID_Y // group))
 
 
 def _line_visits(
@@ -176,7 +176,7 @@ def attention_backward(
 
     launches = line_launches(lattice, seq_len, head_dim, q.dtype)
     cross = cross_launch(lattice, seq_len, head_dim, q.dtype)
-    window = _window_arguments(lattice, seq_len)
+    window = window_arguments(lattice, seq_len)
     tiles = -(-window[4] // cross.tile_u) * -(-window[5] // cross.tile_v)
     num_families = sum(len(launch.families) for launch in launches)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ....lattice import TorusLattice
+from ..launching import capability, chunk_heads, on_device, rows, window_arguments
 from ..primitives.lattice import (
     FAMILY_STREAMS,
     MAX_TOKENS,
@@ -136,71 +136,18 @@ def cross_launch(
     return CrossLaunch(light and capability >= (9, 0), tile_u, tile_v, block_n, 8 if wide_rows else 4, 2)
 
 
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of the tensors' device; the interpreter plays an early one."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-
-
-@functools.cache
-def _l2_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1 << 25
-    return torch.cuda.get_device_properties(device).L2_cache_size
-
-
-_MAX_GRID_Y = 65535
-
-
-def chunk_heads(heads: int, head_bytes: int, device: torch.device) -> int:
-    """Heads to a chunk, such that what passes from its first launch to its second stays in the L2 cache."""
-    fitting = max(1, int(0.75 * _l2_bytes(device)) // max(1, head_bytes))
-    if fitting >= heads:
-        fitting = heads
-    else:
-        chunks = -(-heads // fitting)
-        fitting = -(-heads // chunks)  # of even size
-    return min(fitting, _MAX_GRID_Y)
-
-
-_NO_WINDOW = (0.0,) * 4
-
-
-@functools.lru_cache(maxsize=256)
-def _window_arguments(lattice: TorusLattice, seq_len: int) -> tuple[int | float, ...]:
-    """The window as `cross_kernel` takes it, from ``a_lo`` on."""
-    window = cross_window(lattice, seq_len)
-    if window is None:
-        rows, cols = -(-seq_len // lattice.n_minor), min(lattice.n_minor, seq_len)
-        return (0, 0, 0, 0, rows, cols, 0, 0, 0, 0, *_NO_WINDOW)
-    return (window.a_lo, window.a_hi, window.b_lo, window.b_hi, window.num_rows, window.num_cols, *window.radii,
-            *window.inverse_squares)
-
-
 def _axes(lattice: TorusLattice) -> tuple[int, int]:
     """``(n_major, n_minor)``, cut to where an axis is longer than any sequence: no key is seen beyond."""
     return min(lattice.n_major, 2 * MAX_TOKENS), min(lattice.n_minor, 2 * MAX_TOKENS)
 
 
 def _tiles(lattice: TorusLattice, seq_len: int, cross: CrossLaunch) -> int:
-    num_rows, num_cols = _window_arguments(lattice, seq_len)[4:6]
+    num_rows, num_cols = window_arguments(lattice, seq_len)[4:6]
     return -(-num_rows // cross.tile_u) * -(-num_cols // cross.tile_v)
 
 
 def _strides(state: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if state is None else state.stride()[:3]
-
-
-def rows(x: Tensor) -> Tensor:
-    """Tokens whose last dimension is contiguous; any other strides are read as they are."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def on_device(x: Tensor):
-    """Makes the device of x current where it is not; kernels are launched on the current device."""
-    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
 
 
 def attention_forward(
@@ -261,7 +208,7 @@ def attention_forward(
                 q, k, v, stream_weights, decay, first_key, ema_state, ema_alpha, partials, out, lse, entropy,
                 *strides, *_strides(ema_state), *out.stride()[:3],
                 *_axes(lattice), seq_len, first_head, heads, group, base2_scale,
-                *_window_arguments(lattice, seq_len),
+                *window_arguments(lattice, seq_len),
                 NUM_PARTIALS=num_partials, SHARED=cross.shared, TILE_U=cross.tile_u, TILE_V=cross.tile_v,
                 BLOCK_N=cross.block_n, HAS_STATE=ema_state is not None,
                 TOKEN_ALPHA=ema_alpha is not None and ema_alpha.dim() == 3, num_warps=cross.num_warps,
