@@ -28,6 +28,10 @@ SOURCES = {
         #define CONCAT(a, b) CONCAT_(a, b)
         int CONCAT(kernel_, TORUS_ISA)() { return kValue; }
     """,
+    "cpu/kernels_amx.cpp": """
+        #include "kernels.h"
+        int kernel_amx() { return kValue; }
+    """,
 }
 
 

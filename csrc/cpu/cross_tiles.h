@@ -106,32 +106,36 @@ struct CrossQueryTile {
                              panels + unit.slot(first_key_row() + r) * unit.panel + col0, unit.plan.key_ld,
                              scores + r * score_row(), unit.plan.width, false);
   }
-  // outputs [queries, Dp] = probs * stacked rows
-  TORUS_INLINE void multiply_stacked(const BFloat16* probs, const float* panels, float* outputs) const {
+  // outputs [queries, Dp] = sum over `parts` tiles of probs * stacked rows
+  TORUS_INLINE void multiply_stacked(const BFloat16* probs, int parts, const float* panels, float* outputs) const {
     const int64_t dp = unit.padded_dim;
-    TileProducts::multiply_sum(
-        unit.plan.queries(), dp, unit.plan.width, key_rows(), {probs, unit.plan.probs_ld}, probs_row(),
-        [&](int64_t r) { return panels + unit.slot(first_key_row() + r) * unit.panel + col0 / 2 * dp; }, dp, outputs,
-        dp, false);
+    for (int part = 0; part < parts; ++part)
+      TileProducts::multiply_sum(
+          unit.plan.queries(), dp, unit.plan.width, key_rows(), {probs + part * unit.plan.probs(), unit.plan.probs_ld},
+          probs_row(), [&](int64_t r) { return panels + unit.slot(first_key_row() + r) * unit.panel + col0 / 2 * dp; },
+          dp, outputs, dp, part > 0);
   }
-  // sums [padded row of keys, Dp] += probs^T * rows of queries
-  TORUS_INLINE void multiply_transposed(const BFloat16* probs, const TokenRows<float>& queries, BFloat16* turned,
-                                        float* sums) const {
-    const int64_t dp = unit.padded_dim;
-    for (int64_t r = 0; r < key_rows(); ++r)
-      TileProducts::multiply(unit.plan.width, dp, unit.plan.queries(), turn_probs(probs + r * probs_row(), turned),
-                             queries.data, queries.stride,
-                             sums + (unit.slot(first_key_row() + r) * unit.plan.key_ld + col0) * dp, dp, true);
+  // sums [padded row of keys, Dp] += sum over `parts` tiles of probs^T * rows of queries
+  TORUS_INLINE void multiply_transposed(const BFloat16* probs, int parts, const TokenRows<float>& queries,
+                                        BFloat16* turned, float* sums) const {
+    const int64_t dp = unit.padded_dim, turned_size = unit.plan.width * unit.plan.queries();
+    for (int64_t r = 0; r < key_rows(); ++r) {
+      for (int part = 0; part < parts; ++part)
+        turn_probs(probs + part * unit.plan.probs() + r * probs_row(), turned + part * turned_size);
+      TileProducts::multiply_sum(
+          unit.plan.width, dp, unit.plan.queries(), parts, {turned, unit.plan.queries()}, turned_size,
+          [&](int64_t) { return queries.data; }, queries.stride,
+          sums + (unit.slot(first_key_row() + r) * unit.plan.key_ld + col0) * dp, dp, true);
+    }
   }
   // [queries, width] -> [width, queries]
-  TORUS_INLINE TileProducts::Left turn_probs(const BFloat16* probs, BFloat16* turned) const {
+  TORUS_INLINE void turn_probs(const BFloat16* probs, BFloat16* turned) const {
     const TokenRows<float> pairs =
         TileProducts::stack(TokenRows<BFloat16>{probs, unit.plan.probs_ld}, unit.plan.queries(), unit.plan.width, unit_buffer);
     for (int64_t x = 0; x < unit.plan.width; x += kTile)
       for (int64_t pair = 0; pair < unit.plan.queries() / 2; pair += kTile)
         transpose_block<float>([&](int64_t r) { return pairs.at(pair + r) + x; },
                                reinterpret_cast<float*>(turned + x * unit.plan.queries()) + pair, unit.plan.queries() / 2);
-    return {turned, unit.plan.queries()};
   }
   float* unit_buffer = nullptr;  // [queries / 2, width], backward only
 
@@ -162,16 +166,19 @@ struct CrossQueryTile {
     }
   }
 
-  // A query's mixed probabilities, rounded, to where its runs lie among the tile's.
-  TORUS_INLINE void place(int64_t query, const float* mixed, BFloat16* probs) const {
+  // A query's mixed probabilities, rounded, to where its runs lie among the tile's; what rounding leaves stays behind.
+  TORUS_INLINE void place(int64_t query, float* mixed, BFloat16* probs, bool keep_residual) const {
     const TileCrossPlan& plan = unit.plan;
     BFloat16* to = probs + query / kTile * probs_row() + query * plan.probs_ld + query % kTile + plan.left -
                    plan.window.b_hi;
     for (int64_t r = 0; r < plan.window_rows(); ++r, to += probs_row())
-      for (int64_t x = 0; x < plan.mixed_ld; x += kTile)
-        _mm256_storeu_si256(
-            reinterpret_cast<__m256i*>(to + x),
-            reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(mixed + r * plan.mixed_ld + x))));
+      for (int64_t x = 0; x < plan.mixed_ld; x += kTile) {
+        float* const from = mixed + r * plan.mixed_ld + x;
+        const __m512 wide = _mm512_loadu_ps(from);
+        const __m256bh rounded = _mm512_cvtneps_pbh(wide);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + x), reinterpret_cast<__m256i>(rounded));
+        if (keep_residual) _mm512_storeu_ps(from, residual_of(wide, rounded));
+      }
   }
   TORUS_INLINE void clear(int64_t query, BFloat16* probs) const {
     for (int64_t r = 0; r < unit.plan.max_tile_rows(); ++r)
@@ -225,13 +232,15 @@ void cross_forward(const TileCrossPlan& plan, const Head<TileProducts>& head, in
           band_softmax_forward(plan.bands[s], at, scale2, streams[s], head.lse != nullptr, head.entropy != nullptr);
           head.keep_statistics(t, plan.active.index[s], streams[s]);
         }
-        tile.place(query, w.mixed, w.probs);
+        tile.place(query, w.mixed, w.probs, false);
       }
-      tile.multiply_stacked(w.probs, w.stacked_values, w.outputs);
+      tile.multiply_stacked(w.probs, 1, w.stacked_values, w.outputs);
       tile.scatter(w.outputs, finish);
     }
   }
 }
+
+constexpr int kParts = TileProducts::kGradientParts;
 
 struct TileCrossBackwardScratch : TileCrossScratch {
   BFloat16 *d_out, *d_scores, *turned;
@@ -241,8 +250,8 @@ struct TileCrossBackwardScratch : TileCrossScratch {
       : TileCrossScratch(plan, padded_dim, arena) {
     const int64_t panel = plan.key_ld / 2 * padded_dim, rows = plan.max_tile_rows();
     d_out = arena.take<BFloat16>(plan.queries() * padded_dim);
-    d_scores = arena.take<BFloat16>(plan.probs());
-    turned = arena.take<BFloat16>(plan.queries() * plan.width);
+    d_scores = arena.take<BFloat16>(kParts * plan.probs());
+    turned = arena.take<BFloat16>(kParts * plan.queries() * plan.width);
     for (float** panels : {&turned_keys, &turned_values, &stacked_keys}) *panels = arena.take<float>(rows * panel);
     d_probs = arena.take<float>(plan.scores());
     d_mixed = arena.take<float>(plan.window_rows() * plan.mixed_ld);
@@ -262,7 +271,8 @@ void cross_backward(const TileCrossPlan& plan, const Head<TileProducts>& head, i
   const int64_t dp = unit.padded_dim, sums_of_row = plan.key_ld * dp;
   const TileCrossBackwardScratch w(plan, dp, arena);
   const float scale2 = scale * static_cast<float>(kLog2e);
-  for (BFloat16* probs : {w.probs, w.d_scores}) zero(probs, plan.probs());
+  zero(w.probs, plan.probs());
+  zero(w.d_scores, kParts * plan.probs());
   for (float* scores : {w.scores, w.d_probs}) zero(scores, plan.scores());
   for (float* mixed : {w.mixed, w.d_mixed}) zero(mixed, plan.window_rows() * plan.mixed_ld);
   int64_t next_key_row = unit.key_row0, oldest_key_row = unit.key_row0;
@@ -296,7 +306,7 @@ void cross_backward(const TileCrossPlan& plan, const Head<TileProducts>& head, i
         const int64_t t = tile.query_token(query);
         if (t < 0) {
           tile.clear(query, w.probs);
-          tile.clear(query, w.d_scores);
+          for (int part = 0; part < kParts; ++part) tile.clear(query, w.d_scores + part * plan.probs());
           continue;
         }
         StreamRow<float> streams[kMaxStreamsPerTile];
@@ -309,14 +319,15 @@ void cross_backward(const TileCrossPlan& plan, const Head<TileProducts>& head, i
           band_softmax_backward(plan.bands[s], plan.rho_squared[s], at, scale, scale2, streams[s]);
           head.keep_row_gradients(t, plan.active.index[s], streams[s]);
         }
-        tile.place(query, w.mixed, w.probs);
-        tile.place(query, w.d_mixed, w.d_scores);
+        tile.place(query, w.mixed, w.probs, false);
+        for (int part = 0; part < kParts; ++part)
+          tile.place(query, w.d_mixed, w.d_scores + part * plan.probs(), part + 1 < kParts);
       }
       const TokenRows<float> stacked_d_out = TileProducts::stack(d_out, plan.queries(), dp, w.stacked_d_out);
       const TokenRows<float> stacked_queries = TileProducts::stack(queries, plan.queries(), dp, w.stacked_queries);
-      tile.multiply_transposed(w.probs, stacked_d_out, w.turned, w.d_values);
-      tile.multiply_transposed(w.d_scores, stacked_queries, w.turned, w.d_keys);
-      tile.multiply_stacked(w.d_scores, w.stacked_keys, w.d_queries);
+      tile.multiply_transposed(w.probs, 1, stacked_d_out, w.turned, w.d_values);
+      tile.multiply_transposed(w.d_scores, kParts, stacked_queries, w.turned, w.d_keys);
+      tile.multiply_stacked(w.d_scores, kParts, w.stacked_keys, w.d_queries);
       tile.scatter(w.d_queries, finish);
     }
   }

@@ -372,12 +372,15 @@ void line_backward(const LinePlan<typename P::Compute>& plan, const Head<P>& hea
     P::multiply(rows, dp, depth, P::by_key(w.scores, rows, ld, w.probs), d_out_rows.data, d_out_rows.stride,
                 d_values + tile.col0 * dp, dp, !begins || row0 > unit.first);
     const auto query_rows = unit.stack(head.q, row0, tile.queries, w.stacked_queries);
-    P::multiply(rows, dp, depth, P::by_key(w.d_probs, rows, ld, w.probs), query_rows.data, query_rows.stride,
-                d_keys + tile.col0 * dp, dp, !begins || row0 > unit.first);
-    T* d_queries = unit.accumulator(head.d_q, row0, tile.queries, w.d_queries);
     const auto key_rows = stacked_keys.from(tile.col0 / P::kPerUnit);
-    P::multiply(depth, dp, rows, P::by_query(w.d_probs, rows, ld, w.probs), key_rows.data, key_rows.stride, d_queries,
-                dp, d_queries != w.d_queries && !first.queries);
+    T* d_queries = unit.accumulator(head.d_q, row0, tile.queries, w.d_queries);
+    for (int part = 0; part < P::kGradientParts; ++part) {
+      if (part > 0) P::keep_residual(w.d_probs, rows * ld);
+      P::multiply(rows, dp, depth, P::by_key(w.d_probs, rows, ld, w.probs), query_rows.data, query_rows.stride,
+                  d_keys + tile.col0 * dp, dp, part > 0 || !begins || row0 > unit.first);
+      P::multiply(depth, dp, rows, P::by_query(w.d_probs, rows, ld, w.probs), key_rows.data, key_rows.stride,
+                  d_queries, dp, part > 0 || (d_queries != w.d_queries && !first.queries));
+    }
     unit.add_back(head.d_q, row0, tile.queries, w.d_queries, first.queries);
   }
   unit.add_back(head.d_k, unit.key0, unit.num_keys, w.d_keys, first.keys);

@@ -24,6 +24,9 @@ struct VectorProducts {
   static constexpr int64_t kBanded = kLanes<T> < 16 ? 16 : kLanes<T>;  // where keys are a band around the queries
   struct Session {};
 
+  // Score gradients are multiplied in so many parts, each what the operands' type left of the one before.
+  static constexpr int kGradientParts = 1;
+  static TORUS_INLINE void keep_residual(T*, int64_t) {}
   static constexpr int64_t kPerUnit = 1;  // numbers of the depth in a unit of a right operand
 
   static TORUS_INLINE int64_t units_of_depth(int64_t depth) { return depth; }

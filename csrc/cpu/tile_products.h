@@ -21,6 +21,13 @@ TORUS_INLINE __m512i pair_units(Vec<float> even, Vec<float> odd) {
   return _mm512_permutexvar_epi16(interleaved, halves);
 }
 
+// What rounding to bfloat16 leaves of a vector.
+TORUS_INLINE __m512 residual_of(__m512 x, __m256bh rounded) {
+  typedef uint16_t Bits __attribute__((vector_size(32)));
+  typedef uint32_t Wide __attribute__((vector_size(64)));
+  return x - reinterpret_cast<__m512>(__builtin_convertvector(reinterpret_cast<Bits>(rounded), Wide) << 16);
+}
+
 struct TileProducts {
   using Compute = float;
   using Element = BFloat16;
@@ -35,6 +42,8 @@ struct TileProducts {
   static constexpr int64_t kDense = 2 * kTile;
   static constexpr int64_t kBanded = 2 * kTile;
   static constexpr int64_t kPerUnit = 2;
+  // The score gradients of a query sum to zero, and large keys need that of the numbers that are multiplied.
+  static constexpr int kGradientParts = 2;
 
   // All eight tiles are whole; the configuration is the thread's for as long as a unit of work runs.
   struct Configuration {
@@ -79,6 +88,13 @@ struct TileProducts {
       }
     }
     return {stacked, dp};
+  }
+
+  static TORUS_INLINE void keep_residual(float* tile, int64_t count) {
+    for (int64_t i = 0; i < count; i += kTile) {
+      const __m512 x = _mm512_loadu_ps(tile + i);
+      _mm512_storeu_ps(tile + i, residual_of(x, _mm512_cvtneps_pbh(x)));
+    }
   }
 
   static TORUS_INLINE Left left(const TokenRows<BFloat16>& rows) { return {rows.data, rows.stride}; }
