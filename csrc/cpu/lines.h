@@ -65,7 +65,8 @@ LinePlan<T> plan_lines(const Lattice& lattice, Family family, int64_t seq_len) {
   const int64_t room = 2 * plan.grain;
   plan.max_keys = round_up(banded ? min_of(plan.max_length, plan.chunk + band) : plan.max_length, plan.grain) + room;
   plan.max_rows = min_of(banded ? round_up(plan.block + band, plan.grain) + room : plan.max_keys, plan.max_keys);
-  const int64_t margin = plan.block + kLanes<T>;
+  // A tile reaches so far beyond the band: its keys begin at a whole grain, its lanes fill vectors.
+  const int64_t margin = plan.block + plan.grain + kLanes<T>;
   plan.origin = margin - lines.min_step;
   plan.table_size = round_up(lines.max_step - lines.min_step + 1 + 2 * margin, kLanes<T>);
   return plan;
