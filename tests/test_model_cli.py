@@ -1,4 +1,4 @@
-"""Sampling, and the command line."""
+"""The command line."""
 
 import subprocess
 import sys
@@ -9,19 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from torus_kernels import BackendError, available_backends
-from torus_model import ModelConfig, TorusLM, checkpoint
+from torus_model import ModelConfig, checkpoint
 from torus_model.__main__ import main, restart_with_sleeping_threads
-from torus_model.generate import generate, sample
 
 MODEL = ModelConfig(width=16, layers=2, heads=2, n_major=4, n_minor=6, cross_radius=(1, 2))
 TINY = ["--width", "16", "--layers", "1", "--heads", "2", "--n-major", "4", "--n-minor", "6", "--seq-len", "24",
         "--batch-size", "2", "--validations", "1", "--validation-windows", "2", "--backend", "reference"]
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return TorusLM(MODEL, backend="reference").eval()
 
 
 @pytest.fixture(scope="module")
@@ -36,81 +29,6 @@ def run_dir(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("run")
     main(["train", "--output", str(path), "--data", text, "--steps", "2", *TINY])
     return path
-
-
-def tokens_of(text):
-    return torch.tensor(list(text.encode()))
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def test_sampling_follows_its_seed(model):
-    def draw(seed):
-        return list(generate(model, tokens_of("ab"), 20, generator=generator(seed)))
-
-    assert draw(0) == draw(0)
-    assert draw(0) != draw(1)
-
-
-def test_temperature_zero_takes_the_likeliest_token(model):
-    prompt = tokens_of("ab")
-    greedy = list(generate(model, prompt, 5, temperature=0))
-    assert greedy == list(generate(model, prompt, 5, top_k=1, generator=generator(5)))
-    text = prompt
-    with torch.no_grad():
-        for token in greedy:
-            assert token == model(text[None])[0, -1].argmax()
-            text = torch.cat((text, torch.tensor([token])))
-
-
-def test_top_k_samples_from_the_k_likeliest():
-    logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
-    random = generator()
-    assert {sample(logits, 1.0, 2, random) for _ in range(200)} == {1, 3}
-    assert {sample(logits, 1.0, 9, random) for _ in range(500)} == {0, 1, 2, 3}
-
-
-def test_temperature_sharpens():
-    logits = torch.tensor([0.0, 1.0])
-    random = generator()
-
-    def share(temperature):
-        return sum(sample(logits, temperature, None, random) for _ in range(2000)) / 2000
-
-    for temperature in (0.5, 1.0, 4.0):
-        assert share(temperature) == pytest.approx(torch.tensor(1 / temperature).sigmoid().item(), abs=0.05)
-
-
-def test_long_text_is_cut_to_the_window_at_its_position(model, monkeypatch):
-    calls = []
-
-    def record(tokens, *, offset=0):
-        calls.append((tokens.shape[1], offset, int(tokens[0, 0])))
-        return TorusLM.forward(model, tokens, offset=offset)
-
-    monkeypatch.setattr(model, "forward", record)
-    prompt = torch.arange(22)
-    list(generate(model, prompt, 5, temperature=0))
-    window = MODEL.lattice.num_sites
-    assert window == 24
-    assert calls == [(22, 0, 0), (23, 0, 0), (24, 0, 0), (24, 1, 1), (24, 2, 2)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        ({"prompt": torch.empty(0, dtype=torch.int64)}, "prompt"),
-        ({"prompt": torch.zeros(1, 3, dtype=torch.int64)}, "prompt"),
-        ({"temperature": -1.0}, "temperature"),
-        ({"top_k": 0}, "top_k"),
-        ({"new_tokens": -1}, "new_tokens"),
-    ],
-)
-def test_wrong_arguments_raise_before_the_first_token(model, arguments, name):
-    with pytest.raises(ValueError, match=name):
-        generate(**({"model": model, "prompt": tokens_of("a"), "new_tokens": 1} | arguments))
 
 
 def run(*arguments):
@@ -172,6 +90,37 @@ def test_train_then_generate(run_dir, capsys):
     assert write(0).startswith("to be")
     assert write(0) == write(0)
     assert write(0) != write(1)
+
+
+def write(capsys, run_dir, *options, prompts=("to be",)):
+    named = [part for prompt in prompts for part in ("--prompt", prompt)]
+    assert run("generate", "--checkpoint", run_dir, *named, "--bytes", 30, "--backend", "reference", *options) == 0
+    return capsys.readouterr().out
+
+
+def test_every_option_of_generate_acts(run_dir, capsys):
+    free = write(capsys, run_dir)
+    for options in (["--top-k", 2], ["--top-p", 0.1], ["--repetition-penalty", 0.001], ["--beams", 3],
+                    ["--temperature", 0]):
+        assert write(capsys, run_dir, *options) != free
+    # A large vocabulary of stops ends the search at once, where short texts are preferred.
+    stops = [part for code in range(1, 128) for part in ("--stop", chr(code))]
+    short, long = (write(capsys, run_dir, "--beams", 3, "--length-penalty", p, *stops) for p in (0, 99))
+    assert len(short) <= len("to be") + 2 < len(long)
+    assert len(write(capsys, run_dir, *stops)) < len(free)
+
+
+def test_generate_without_cache_writes_the_same(run_dir, capsys, monkeypatch):
+    with_cache = write(capsys, run_dir)
+    made = []
+    monkeypatch.setattr("torus_model.generate.LMCache", lambda *_: made.append(1))
+    assert write(capsys, run_dir, "--no-cache") == with_cache and not made
+
+
+def test_generate_continues_several_prompts(run_dir, capsys):
+    texts = write(capsys, run_dir, "--temperature", 0, prompts=("to be", "that is")).split("\n---\n")
+    alone = [write(capsys, run_dir, "--temperature", 0, prompts=(p,)) for p in ("to be", "that is")]
+    assert [text.rstrip("\n") for text in texts] == [text.rstrip("\n") for text in alone]
 
 
 def test_generate_continues_a_prompt_that_is_not_ascii(run_dir, capsys):
@@ -274,6 +223,12 @@ def test_damaged_checkpoint_cannot_be_resumed(run_dir, tmp_path, capsys):
         (["--prompt", ""], "prompt"),
         (["--prompt", "a", "--temperature", "-1"], "temperature"),
         (["--prompt", "a", "--top-k", "0"], "top_k"),
+        (["--prompt", "a", "--top-p", "0"], "top_p"),
+        (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty"),
+        (["--prompt", "a", "--stop", "no"], "--stop"),
+        (["--prompt", "a", "--beams", "0"], "beams"),
+        (["--prompt", "a", "--prompt", "b", "--top-p", "0"], "top_p"),
+        (["--prompt", "a", "--prompt", ""], "prompt"),
         (["--prompt", "a", "--bytes", "-1"], "new_tokens"),
     ],
 )

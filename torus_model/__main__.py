@@ -8,11 +8,12 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from torus_kernels import BackendError, Stream
 from torus_kernels.backends import AUTO, BACKENDS, Problem, select
@@ -20,8 +21,9 @@ from torus_kernels.backends import AUTO, BACKENDS, Problem, select
 from . import checkpoint
 from .checkpoint import CheckpointError
 from .data import DataError
-from .generate import generate
+from .generate import beam_search, check_request, generate, generate_batch
 from .lm import ModelConfig
+from .sampling import Sampling
 from .train import TrainConfig, TrainingError, resumable_config, train
 
 DEFAULT_SECONDS = 120.0
@@ -107,11 +109,25 @@ def _build_parser() -> argparse.ArgumentParser:
 
     sampling = commands.add_parser("generate", help="write text", description="Continues a text with a trained model.")
     sampling.add_argument("--checkpoint", required=True, metavar="PATH", help="checkpoint, or folder of a run")
-    sampling.add_argument("--prompt", required=True, help="text to continue")
-    sampling.add_argument("--bytes", type=int, default=200, help="how many to write (default: %(default)s)")
+    sampling.add_argument("--prompt", required=True, action="append",
+                          help="text to continue; given several times, all are continued together")
+    sampling.add_argument("--bytes", type=int, default=200, help="how many to write at most (default: %(default)s)")
     sampling.add_argument("--temperature", type=float, default=0.8,
                           help="0 for the likeliest byte every time (default: %(default)s)")
     sampling.add_argument("--top-k", type=int, help="sample from the k likeliest bytes (default: all)")
+    sampling.add_argument("--top-p", type=float,
+                          help="sample from the fewest likeliest bytes whose probabilities reach this (default: all)")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0,
+                          help="above 1, bytes that the text already has become less likely (default: %(default)s)")
+    sampling.add_argument("--stop", action="append", default=[], metavar="BYTE",
+                          help="character of one byte after which to stop; may be given several times")
+    sampling.add_argument("--beams", type=int,
+                          help="search for the likeliest text with so many beams, instead of sampling")
+    sampling.add_argument("--length-penalty", type=float, default=1.0,
+                          help="of the beam search: 0 compares sums of log-probabilities, 1 means "
+                               "(default: %(default)s)")
+    sampling.add_argument("--no-cache", dest="use_cache", action="store_false",
+                          help="run the whole text for every byte, instead of keeping keys and values")
     sampling.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     sampling.add_argument("--backend", choices=BACKENDS, help="kernels to use (default: the best that can run)")
     return parser
@@ -151,21 +167,46 @@ def _prepare_generate(options: argparse.Namespace) -> Callable[[], None]:
     if model.config.vocab_size != 256:
         raise CheckpointError(f"{options.checkpoint} has a vocabulary of {model.config.vocab_size}, not of 256 bytes")
     _check_backend(options.backend, model.config)
-    # A byte of the command line that is not UTF-8 goes to the model as it is.
-    prompt = torch.tensor(list(options.prompt.encode(errors="surrogateescape")), dtype=torch.int64)
-    tokens = generate(
-        model, prompt, options.bytes, temperature=options.temperature, top_k=options.top_k,
-        generator=torch.Generator().manual_seed(options.seed),
-    )
+    # Bytes of the command line that are not UTF-8 go to the model as they are.
+    prompts = [torch.tensor(list(p.encode(errors="surrogateescape")), dtype=torch.int64) for p in options.prompt]
+    stops = [stop.encode(errors="surrogateescape") for stop in options.stop]
+    if wrong := [stop for stop, code in zip(options.stop, stops, strict=True) if len(code) != 1]:
+        raise ValueError(f"--stop must be a character of one byte, got {wrong[0]!r}")
+    stop_tokens = {code[0] for code in stops}
+    sampled = {
+        "temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p,
+        "repetition_penalty": options.repetition_penalty, "stop_tokens": stop_tokens, "use_cache": options.use_cache,
+        "generator": torch.Generator().manual_seed(options.seed),
+    }
+    if options.beams is not None:
+        check_request(prompts, options.bytes, options.beams)
+        found = (
+            beam_search(model, prompt, options.bytes, beams=options.beams, length_penalty=options.length_penalty,
+                        stop_tokens=stop_tokens, use_cache=options.use_cache)
+            for prompt in prompts
+        )
+        return lambda: _write_texts(prompts, found)
+    if len(prompts) > 1:
+        check_request(prompts, options.bytes)
+        Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p)  # checks them
+        return lambda: _write_texts(prompts, generate_batch(model, prompts, options.bytes, **sampled))
+    tokens = generate(model, prompts[0], options.bytes, **sampled)
+    return lambda: _write_text(itertools.chain(prompts[0].tolist(), tokens))
 
-    def run() -> None:
-        # Sampled bytes need not be UTF-8, and a character may arrive in parts.
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in itertools.chain(prompt.tolist(), tokens):
-            print(decoder.decode(bytes([token])), end="", flush=True)
-        print(decoder.decode(b"", final=True))
 
-    return run
+def _write_text(tokens: Iterable[int]) -> None:
+    """Writes bytes as they come: sampled ones need not be UTF-8, and a character may arrive in parts."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        print(decoder.decode(bytes([token])), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+def _write_texts(prompts: list[Tensor], continuations: Iterable[Tensor]) -> None:
+    for number, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+        if number:
+            print("---")
+        _write_text(prompt.tolist() + continuation.tolist())
 
 
 def _check_backend(backend: str | None, model: ModelConfig) -> None:

@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torus_kernels import DEFAULT_DECAY, TorusLattice, lattice_rope, torus_attention
+from torus_kernels import (
+    DEFAULT_DECAY,
+    TorusKVCache,
+    TorusLattice,
+    lattice_rope,
+    torus_attention,
+    torus_attention_decode,
+)
 from torus_kernels.backends import check_name
 from torus_kernels.checks import parameter_dtype
 from torus_kernels.lattice import NUM_STREAMS
@@ -132,7 +139,13 @@ class TorusAttention(nn.Module):
         return values.new_zeros(*values.shape[:-1], NUM_STREAMS).index_copy(-1, self.stream_index, values)
 
     def forward(
-        self, x: Tensor, state: Tensor | None = None, *, first_key: Tensor | None = None, offset: int = 0
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        *,
+        first_key: Tensor | None = None,
+        offset: int = 0,
+        cache: TorusKVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attends.
 
@@ -141,12 +154,15 @@ class TorusAttention(nn.Module):
             state: the state that the layer before returned, ``[B, H, T, D]``; exactly in a layer with compounding.
             first_key: as in `torus_attention`.
             offset: position of the first token, as in `lattice_rope`.
+            cache: takes the keys and values of the tokens. An empty one takes any number; afterwards one token at a
+                time attends to what it holds, at the position that it gives, without gradient.
 
         Returns:
             The projected output ``[B, T, width]`` and the state for the next layer ``[B, H, T, D]``.
 
         Raises:
-            ValueError: a state is missing or not wanted, or the operator refuses an argument.
+            ValueError: a state is missing or not wanted, several tokens come to a cache that is not empty, or the
+                operator refuses an argument.
         """
         if (state is not None) != self.compounding:
             wanted, got = ("needs", "none") if self.compounding else ("takes no", "one")
@@ -155,16 +171,19 @@ class TorusAttention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, -1))).transpose(1, 2)  # [B, H, T, D]
         k = self.k_norm(self.k_proj(x).unflatten(-1, (self.kv_heads, -1))).transpose(1, 2)  # [B, Hkv, T, D]
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [B, Hkv, T, D]
-        out = torus_attention(
-            lattice_rope(q, self.lattice, offset=offset),
-            lattice_rope(k, self.lattice, offset=offset),
-            v,
-            self.lattice,
-            stream_weights=self.stream_weights(x),
-            decay=self.decay(),
-            ema_state=state,
-            ema_alpha=self.alpha(),
-            first_key=first_key,
-            backend=self.backend,
-        )
+        if cache is not None:
+            offset = len(cache)
+            if offset > 0 and x.shape[1] != 1:
+                raise ValueError(f"x must be one token [B, 1, width] where the cache is not empty, got {list(x.shape)}")
+        q, k = (lattice_rope(y, self.lattice, offset=offset) for y in (q, k))
+        options = {
+            "stream_weights": self.stream_weights(x), "decay": self.decay(), "ema_state": state,
+            "ema_alpha": self.alpha(), "first_key": first_key, "backend": self.backend,
+        }
+        if cache is not None:
+            cache.append(k, v)
+        if cache is not None and offset > 0:
+            out = torus_attention_decode(q, cache, **options)  # [B, H, 1, D]
+        else:
+            out = torus_attention(q, k, v, self.lattice, **options)  # [B, H, T, D]
         return self.out_proj(out.transpose(1, 2).flatten(-2)), out

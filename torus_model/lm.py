@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torus_kernels.checks import MAX_HEAD_DIM
 
 from .block import TorusBlock
 from .checks import check_numbers, check_positive_integers
+
+if TYPE_CHECKING:
+    from .cache import LMCache
 
 
 @dataclass(frozen=True)
@@ -120,21 +123,30 @@ class TorusLM(nn.Module):
             for linear in (attention.out_proj, block.ff[2]):
                 nn.init.normal_(linear.weight, std=(2 * len(self.blocks) * linear.in_features) ** -0.5)
 
-    def forward(self, tokens: Tensor, *, first_key: Tensor | None = None, offset: int = 0) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        first_key: Tensor | None = None,
+        offset: int = 0,
+        cache: LMCache | None = None,
+    ) -> Tensor:
         """Logits of the next token.
 
         Args:
             tokens: ``[B, T]`` int64, of any length T.
             first_key: ``[B, T]``, as in `torus_attention`: a token sees nothing before this position.
-            offset: position of the first token in its text.
+            offset: position of the first token in its text; with a cache that counts, it is not looked at.
+            cache: keeps the keys and values of the tokens, as in `TorusAttention`.
 
         Returns:
             ``[B, T, vocab_size]``.
         """
         x = self.embedding(tokens)  # [B, T, width]
         state = None
-        for block in self.blocks:
-            x, state = block(x, state, first_key=first_key, offset=offset)
+        for layer, block in enumerate(self.blocks):
+            layer_cache = None if cache is None else cache.layers[layer]
+            x, state = block(x, state, first_key=first_key, offset=offset, cache=layer_cache)
         return F.linear(self.norm(x), self.embedding.weight)
 
     def loss(self, tokens: Tensor, targets: Tensor, *, first_key: Tensor | None = None) -> Tensor:
