@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +24,11 @@ class FieldConfig:
         static_channels: given fields that do not change over a trajectory (S), such as a forcing.
         history: frames that the model sees.
         patch: side of the square of points that makes a token; 1 for a token per point.
-        width: size of the tokens' embedding, or channels of a network without tokens.
+        width: size of the tokens' embedding; channels of networks without tokens, unless ``ff_width`` says otherwise.
         layers: number of blocks.
         heads: attention heads; ``width / heads`` must be a multiple of 8 up to 256.
-        ff_width: hidden size of the feed-forward layers; None for ``4 * width``.
+        ff_width: hidden size of the feed-forward layers, None for ``4 * width``; channels of the Fourier network, None
+            for ``width``; channels of the U-Net's coarsest grid, None for ``4 * width``.
         topology: ``"periodic"``, or ``"cylinder"`` where the first axis (H) is open.
         winding, cross_radius, streams: of the `TorusLattice` of patches. ``streams`` are names; None for all eight.
         token_gated: stream weights from each token; otherwise one set per head.
@@ -74,7 +74,7 @@ class FieldConfig:
         if self.width % (8 * self.heads) != 0 or self.width > MAX_HEAD_DIM * self.heads:
             raise ValueError(f"width / heads must be a multiple of 8 up to {MAX_HEAD_DIM}, "
                              f"got {self.width} / {self.heads}")
-        check_numbers(self, "dropout", where=lambda x: 0 <= x < math.inf and x < 1, needs="at least 0 and below 1")
+        check_numbers(self, "dropout", where=lambda x: 0 <= x < 1, needs="at least 0 and below 1")
         lattice = self.lattice  # checks the lattice's fields
         # One form for each value, whatever collection it came in: configurations compare and travel through JSON.
         object.__setattr__(self, "grid", tuple(self.grid))
