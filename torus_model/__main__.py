@@ -1,4 +1,4 @@
-"""``python -m torus_model train`` and ``python -m torus_model generate``."""
+"""``python -m torus_model train``, ``generate`` and ``field``."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ from torus_kernels.backends import AUTO, BACKENDS, Problem, select
 from . import checkpoint
 from .checkpoint import CheckpointError
 from .data import DataError
+from .field import cli as field_cli
+from .field.data import FieldDataError
+from .field.navier_stokes import SolverError
 from .generate import beam_search, check_request, generate, generate_batch
 from .lm import ModelConfig
+from .options import add_option as add
+from .options import stream_names
 from .sampling import Sampling
 from .train import TrainConfig, TrainingError, resumable_config, train
 
@@ -37,18 +42,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
-def _stream_names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
 def _add_config_options(parser: argparse.ArgumentParser) -> None:
     """Options that are fields of a configuration: absent from the result where they are not given."""
     run, model = TrainConfig(steps=1), ModelConfig()
-
-    def add(group: Any, flag: str, help_text: str, default: object = None, **options: Any) -> None:
-        shown = "" if default is None else f" (default: {default})"
-        group.add_argument(flag, default=argparse.SUPPRESS, help=help_text + shown, **options)
-
     budget = parser.add_argument_group("budget").add_mutually_exclusive_group()
     add(budget, "--seconds", "train for this long, validations included", DEFAULT_SECONDS, type=float)
     add(budget, "--steps", "train for this many steps; such a run is reproducible", type=int)
@@ -82,15 +78,15 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
     add(architecture, "--cross-radius", "half-widths of the cross flows' windows", "{} {}".format(*model.cross_radius),
         type=int, nargs=2, metavar=("NARROW", "BROAD"))
     add(architecture, "--streams", f"streams to use, out of {','.join(s.name for s in Stream)} (default: all)",
-        type=_stream_names, metavar="NAME,NAME,...")
+        type=stream_names, metavar="NAME,NAME,...")
     add(architecture, "--token-gated", "stream weights from each token, or one set per head",
         "--token-gated", action=argparse.BooleanOptionalAction)
     add(architecture, "--dropout", "probability on the output of each branch", model.dropout, type=float)
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m torus_model", description="A byte-level language model on torus attention.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,generate}")
+    parser = _Parser(prog="python -m torus_model", description="Models on torus attention: bytes of text, and fields.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,generate,field}")
 
     training = commands.add_parser(
         "train", help="train on bytes of text",
@@ -130,6 +126,10 @@ def _build_parser() -> argparse.ArgumentParser:
                           help="run the whole text for every byte, instead of keeping keys and values")
     sampling.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     sampling.add_argument("--backend", choices=BACKENDS, help="kernels to use (default: the best that can run)")
+
+    field_cli.add_arguments(commands.add_parser(
+        "field", help=field_cli.HELP, description="Models of fields: data, training, scores and pictures.",
+    ))
     return parser
 
 
@@ -218,14 +218,17 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs a command; a user's error becomes one line on stderr and exit status 2."""
     parser = _build_parser()
     options = parser.parse_args(arguments)
-    prepare = {"train": _prepare_train, "generate": _prepare_generate}[options.command]
+    commands = {"train": _prepare_train, "generate": _prepare_generate, "field": field_cli.prepare}
+    prepare = commands[options.command]
     try:
         try:
             run = prepare(options)
         except (TypeError, ValueError) as error:  # the options; later they would be a defect of ours
             parser.error(str(error))
         run()
-    except (BackendError, CheckpointError, DataError, TrainingError, OSError) as error:
+    except (
+        BackendError, CheckpointError, DataError, FieldDataError, SolverError, TrainingError, OSError,
+    ) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted\n")

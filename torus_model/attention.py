@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,15 +97,16 @@ class TorusAttention(nn.Module):
         self.reset_stream_parameters()
 
     @torch.no_grad()
-    def reset_stream_parameters(self) -> None:
-        """Starts from the operator's defaults: equal stream weights, default decay; and from `INITIAL_ALPHA`."""
+    def reset_stream_parameters(self, decay: Sequence[float] = DEFAULT_DECAY) -> None:
+        """Starts from equal stream weights, a ``decay`` for each of the eight streams, by default the operator's, and
+        `INITIAL_ALPHA`."""
         if self.stream_gate is not None:
             nn.init.zeros_(self.stream_gate.weight)
             nn.init.zeros_(self.stream_gate.bias)
         else:
             nn.init.zeros_(self.stream_logits)
-        decay = torch.tensor(DEFAULT_DECAY).clamp(min=SMALLEST_INITIAL_DECAY).to(self.raw_decay)
-        self.raw_decay.copy_(inverse_softplus(decay[self.stream_index]))
+        initial = torch.tensor(decay).clamp(min=SMALLEST_INITIAL_DECAY).to(self.raw_decay)
+        self.raw_decay.copy_(inverse_softplus(initial[self.stream_index]))
         if self.raw_alpha is not None:
             low, high = ALPHA_RANGE
             self.raw_alpha.fill_(torch.logit(torch.tensor((INITIAL_ALPHA - low) / (high - low))))

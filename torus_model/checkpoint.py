@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .lm import ModelConfig, TorusLM
 
@@ -19,6 +21,7 @@ FILE_NAME = "checkpoint.safetensors"
 WEIGHTS = "model."
 """Prefix of the model's weights among the tensors of the file."""
 
+_OPTIMIZER = "optimizer."
 _FORMAT = "torus_model.checkpoint.1"
 
 
@@ -94,7 +97,7 @@ def load_model(path: str | os.PathLike, backend: str | None = None) -> TorusLM:
     return model.eval()
 
 
-def model_tensors(model: TorusLM) -> dict[str, Tensor]:
+def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     """The model's weights under the names that they have in a checkpoint."""
     return {WEIGHTS + name: x for name, x in model.state_dict().items()}
 
@@ -102,6 +105,46 @@ def model_tensors(model: TorusLM) -> dict[str, Tensor]:
 def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Fills the model with the weights among a checkpoint's tensors; RuntimeError where they do not fit it."""
     model.load_state_dict({n.removeprefix(WEIGHTS): x for n, x in tensors.items() if n.startswith(WEIGHTS)})
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The state of an optimiser of named parameters under the names that it has in a checkpoint."""
+    state = optimizer.state_dict()
+    names = [name for group in state["param_groups"] for name in group["param_names"]]
+    return {
+        f"{_OPTIMIZER}{key}.{names[index]}": value
+        for index, values in state["state"].items()
+        for key, value in values.items()
+    }
+
+
+def load_optimizer(
+    optimizer: Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]], *, started: bool
+) -> None:
+    """Gives an optimiser the state among a checkpoint's tensors, and its ``param_groups``.
+
+    Raises:
+        KeyError: ``started``, but the state of a parameter is missing; the optimiser alone would begin anew.
+        RuntimeError, ValueError: the state is of other parameters.
+    """
+    names = [name for group in groups for name in group["param_names"]]
+    index = {name: i for i, name in enumerate(names)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for full_name, value in tensors.items():
+        if full_name.startswith(_OPTIMIZER):
+            key, _, name = full_name.removeprefix(_OPTIMIZER).partition(".")
+            state.setdefault(index[name], {})[key] = value.clone()  # not a view of the file
+    if started and len(state) < len(names):
+        raise KeyError("optimizer state")
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def check_same_config(path: Path, before: Any, now: Any, may_change: Collection[str]) -> None:
+    """Raises CheckpointError where a dataclass of settings differs from that of the run that is resumed."""
+    for name in (f.name for f in dataclasses.fields(now)):
+        if name not in may_change and getattr(before, name) != getattr(now, name):
+            raise CheckpointError(f"{path} was made with {name} = {getattr(before, name)!r}, which a resumed run "
+                                  f"must keep; got {getattr(now, name)!r}")
 
 
 def _one_line(error: Exception) -> str:

@@ -28,5 +28,5 @@ def check_numbers(
     for name, value in _fields(config, names, optional):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number, got {value!r}")
-        if not where(value):
+        if not where(float(value)):
             raise ValueError(f"{name} must be {needs}, got {value}")

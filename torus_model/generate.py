@@ -205,7 +205,7 @@ def beam_search(
         # As many as there may be continuations that end, and beams that go on.
         kept = min(len(candidates), beams * (1 + len(stop_tokens)))
         top, index = candidates.topk(kept)
-        going_on = []
+        going_on: list[tuple[float, int, int]] = []
         for score, candidate in zip(top.tolist(), index.tolist(), strict=True):
             beam, token = divmod(candidate, vocab_size)
             if token in stop_tokens or length == new_tokens:

@@ -14,6 +14,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes values that JSON can hold; a crash leaves the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
 @dataclass(frozen=True)
 class Validation:
     """One point of the validation curve.
@@ -53,10 +60,8 @@ class History:
         return cls(list(fields["losses"]), [Validation(**point) for point in fields["validation"]])
 
     def write_json(self, path: Path, **about: Any) -> None:
-        """Writes the history and what it is ``about``; a crash leaves the old file or the new one."""
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(about | self.to_dict(), indent=1) + "\n")
-        os.replace(temporary, path)
+        """Writes the history and what it is ``about``."""
+        write_json(path, about | self.to_dict())
 
     def write_plot(self, path: Path, title: str = "Byte-level language model on torus attention") -> None:
         """Draws the validation curve over the training loss, both in bits per byte, as a PNG."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -28,11 +27,21 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why."""
 
 
-def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
-    """AdamW that decays the matrices of linear layers and the embedding, but no gain, bias, stream logit, raw decay
-    or raw alpha."""
-    matrices = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding))}
-    decayed, rest = [], []
+def make_optimizer(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding),
+) -> Optimizer:
+    """AdamW that decays the matrices of these kinds of modules, by default linear layers and the embedding, but no
+    gain, bias, stream logit, raw decay or raw alpha."""
+    matrices = {
+        id(parameter)
+        for module in model.modules() if isinstance(module, kinds)
+        for parameter in module.parameters(recurse=False) if parameter.ndim > 1
+    }
+    decayed: list[tuple[str, nn.Parameter]] = []
+    rest: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
         (decayed if id(parameter) in matrices else rest).append((name, parameter))
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -113,7 +122,8 @@ class Run:
     @property
     def progress(self) -> float:
         """Part of the budget that is spent."""
-        spent = self.step / self.config.steps if self.config.steps else self.stopwatch.seconds / self.config.seconds
+        config = self.config
+        spent = self.step / config.steps if config.steps else self.stopwatch.seconds / (config.seconds or math.inf)
         return min(1.0, spent)
 
     def advance(self) -> float:
@@ -137,13 +147,7 @@ class Run:
         return self.history.validation[-1]
 
     def save(self, path: Path) -> None:
-        state = self.optimizer.state_dict()
-        names = [name for group in state["param_groups"] for name in group["param_names"]]
-        optimizer = {
-            f"optimizer.{key}.{names[index]}": value
-            for index, values in state["state"].items()
-            for key, value in values.items()
-        }
+        optimizer = checkpoint.optimizer_tensors(self.optimizer)
         rng = {"rng.global": torch.get_rng_state(), "rng.batches": self.generator.get_state()}
         checkpoint.save(path, checkpoint.model_tensors(self.model) | optimizer | rng, {
             "model_config": self.config.model.to_dict(),
@@ -151,7 +155,8 @@ class Run:
             "data_fingerprint": self.fingerprint,
             "seconds": self.stopwatch.seconds,
             "history": self.history.to_dict(),
-            "param_groups": state["param_groups"],  # with the learning rate: the schedule has no state of its own
+            # With the learning rate: the schedule has no state of its own.
+            "param_groups": self.optimizer.state_dict()["param_groups"],
         })
 
     def restore(self, path: Path) -> None:
@@ -164,19 +169,10 @@ class Run:
         try:
             self._check_same_run(path, metadata)
             checkpoint.load_weights(self.model, tensors)
-            groups = metadata["param_groups"]
-            names = [name for group in groups for name in group["param_names"]]
-            index = {name: i for i, name in enumerate(names)}
-            state: dict[int, dict[str, Tensor]] = {}
-            for full_name, value in tensors.items():
-                kind, _, rest = full_name.partition(".")
-                if kind == "optimizer":
-                    key, _, name = rest.partition(".")
-                    state.setdefault(index[name], {})[key] = value.clone()  # not a view of the file
             history = History.from_dict(metadata["history"])
-            if history.losses and len(state) < len(names):
-                raise KeyError("optimizer state")  # an optimiser accepts less, and would start anew
-            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            checkpoint.load_optimizer(
+                self.optimizer, tensors, metadata["param_groups"], started=bool(history.losses)
+            )
             torch.set_rng_state(tensors["rng.global"])
             self.generator.set_state(tensors["rng.batches"])
             self.history = history
@@ -185,10 +181,7 @@ class Run:
             raise CheckpointError(f"{path} does not hold a run that can be resumed: {error!r}") from error
 
     def _check_same_run(self, path: Path, metadata: Mapping[str, Any]) -> None:
-        before, now = TrainConfig.from_dict(metadata["train_config"]), self.config
-        for name in (f.name for f in dataclasses.fields(TrainConfig)):
-            if name not in _MAY_CHANGE_ON_RESUME and getattr(before, name) != getattr(now, name):
-                raise CheckpointError(f"{path} was made with {name} = {getattr(before, name)!r}, which a resumed run "
-                                      f"must keep; got {getattr(now, name)!r}")
+        before = TrainConfig.from_dict(metadata["train_config"])
+        checkpoint.check_same_config(path, before, self.config, _MAY_CHANGE_ON_RESUME)
         if metadata["data_fingerprint"] != self.fingerprint:
             raise CheckpointError(f"{path} was made with other text than {self.corpus.source}")

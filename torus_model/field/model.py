@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torus_kernels.lattice import NUM_STREAMS
+
 from ..block import TorusBlock
 from .config import FieldConfig
 
@@ -60,7 +62,7 @@ class FieldModel(nn.Module):
             ValueError: a shape does not fit the configuration.
         """
         config = self.config
-        wanted = (config.history, config.channels, *config.grid)
+        wanted: tuple[int, ...] = (config.history, config.channels, *config.grid)
         if frames.ndim != 5 or tuple(frames.shape[1:]) != wanted:
             raise ValueError(f"frames must be [B, {', '.join(map(str, wanted))}], got {list(frames.shape)}")
         parts = [(frames / self.frame_scale[:, None, None]).flatten(1, 2)]  # [B, history * C, H, W]
@@ -69,7 +71,7 @@ class FieldModel(nn.Module):
             if static is None or static.ndim != 4 or tuple(static.shape[1:]) != wanted:
                 got = "none" if static is None else list(static.shape)
                 raise ValueError(f"static must be [B, {', '.join(map(str, wanted))}], got {got}")
-            parts.append((static / self.static_scale[:, None, None]).expand(len(frames), -1, -1, -1))
+            parts.append((static / self.static_scale[:, None, None]).expand(frames.shape[0], -1, -1, -1))
         elif static is not None:
             raise ValueError(f"the model has no static channels, but got static {list(static.shape)}")
         change = self.network(torch.cat(parts, 1))  # [B, C, H, W]
@@ -133,3 +135,6 @@ class TorusField(FieldModel):
             )
             for layer in range(config.layers)
         )))
+        # Every stream starts flat: training from the operator's default decay ended with larger errors.
+        for block in self.network.blocks:
+            block.attention.reset_stream_parameters(decay=(0.0,) * NUM_STREAMS)
