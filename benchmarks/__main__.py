@@ -11,15 +11,16 @@ from rich.console import Console
 from torus_kernels import BackendError
 from torus_model.checkpoint import CheckpointError
 from torus_model.data import DataError
+from torus_model.field import FieldDataError
 from torus_model.train import TrainingError
 
-from . import arguments, compare, cpu, decode, demo, environment, gpu, gpu_report, growth, threads
+from . import arguments, compare, cpu, decode, demo, environment, field, gpu, growth, threads
 from .accuracy import WrongResult
-from .report import Report, ReportError
-from .tables import markdown_report
+from .report import ReportError
+from .show import markdown_of
 
-_COMMANDS = (cpu, growth, threads, decode, compare, gpu)
-_EXPECTED = (BackendError, CheckpointError, DataError, OSError, ReportError, TrainingError, WrongResult,
+_COMMANDS = (cpu, growth, threads, decode, compare, gpu, field)
+_EXPECTED = (BackendError, CheckpointError, DataError, FieldDataError, OSError, ReportError, TrainingError, WrongResult,
              compare.ComparisonError)
 
 
@@ -27,13 +28,7 @@ def _add_table_parser(commands) -> None:
     parser = commands.add_parser("table", help="print a report as Markdown",
                                  description="Prints a report as Markdown, as the README shows it.")
     parser.add_argument("report", type=Path, metavar="REPORT.json")
-    parser.set_defaults(run=lambda given, console: print(_markdown(given.report)))
-
-
-def _markdown(path: Path) -> str:
-    if gpu_report.is_gpu_report(path):
-        return gpu_report.markdown(gpu_report.GpuReport.load(path))
-    return markdown_report(Report.load(path))
+    parser.set_defaults(run=lambda given, console: print(markdown_of(given.report)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -169,18 +169,6 @@ class GpuReport:
             raise ReportError(f"{path} does not hold a benchmark report: {error!r}") from error
 
 
-def is_gpu_report(path: Path) -> bool:
-    """Whether a file says that it is one.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    try:
-        return json.loads(path.read_text()).get("kind") == KIND
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-        return False
-
-
 def _spread(spread: Spread) -> str:
     return f"{milliseconds(spread.median)} ({milliseconds(spread.lower)}-{milliseconds(spread.upper)})"
 

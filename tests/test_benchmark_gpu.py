@@ -14,6 +14,7 @@ from benchmarks.gpu_report import GpuReport, Machine, Work
 from benchmarks.gpu_timing import GpuTiming
 from benchmarks.peers import flex_eager
 from benchmarks.report import Case, ReportError
+from benchmarks.show import markdown_of
 from benchmarks.workloads import WORKLOADS, Workload, make_inputs, operator_on
 from torus_kernels import TorusLattice
 
@@ -166,8 +167,8 @@ class TestReport:
     def test_comes_back_from_its_file(self, report, tmp_path):
         path = tmp_path / "deep" / "gpu.json"
         report.save(path)
-        assert gpu_report.is_gpu_report(path)
         assert GpuReport.load(path) == report
+        assert markdown_of(path) == gpu_report.markdown(report)
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "gpu", "format": 99}', '{"kind": "gpu", "format": 1}'])
     def test_other_files_are_refused(self, tmp_path, text):

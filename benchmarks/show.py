@@ -1,0 +1,37 @@
+"""Any report as Markdown, whichever command wrote it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from . import field_report, gpu_report
+from .report import Report
+from .tables import markdown_report
+
+
+def kind_of(path: Path) -> str | None:
+    """What a file says that it is a report of; None where it says nothing.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        return json.loads(path.read_text()).get("kind")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        return None
+
+
+def markdown_of(path: Path) -> str:
+    """The tables of a report, and how it was measured, as the README shows them.
+
+    Raises:
+        ReportError: the file holds none.
+        OSError: it cannot be read.
+    """
+    kind = kind_of(path)
+    if kind == gpu_report.KIND:
+        return gpu_report.markdown(gpu_report.GpuReport.load(path))
+    if kind == field_report.KIND:
+        return field_report.markdown(field_report.FieldReport.load(path))
+    return markdown_report(Report.load(path))
