@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,15 +210,17 @@ class Comparison:
     def _field_run(self, network: str, seed: int) -> FieldRun:
         return FieldRun(dataclasses.replace(self.training, seed=seed), self.models[network], self.data)
 
+    def _training_steps(self, network: str) -> Iterator[float]:
+        """Makes a training step whenever its loss is asked for."""
+        run = self._field_run(network, seed=0)
+        while True:
+            yield from run.epoch()
+
     def time_steps(self, seconds: float, say: Say) -> dict[str, Timing]:
         """Times a training step of every network, all of them in the same rounds."""
-        candidates = {}
-        for network in self.models:
-            run = self._field_run(network, seed=0)
-            losses = itertools.chain.from_iterable(run.epoch() for _ in itertools.count())
-            candidates[network] = functools.partial(next, losses)
+        candidates = {network: functools.partial(next, self._training_steps(network)) for network in self.models}
         # Fewer rounds than an epoch has steps, so that no run ends in a partial batch or its budget.
-        rounds = min(50, run.steps_per_epoch - 5)
+        rounds = min(50, self.report.steps_per_epoch - 5)
         self.report.steps = time_side_by_side(
             candidates, seconds=seconds, min_rounds=min(5, rounds), max_rounds=rounds,
             on_round=lambda done: say(f"round {done}"),

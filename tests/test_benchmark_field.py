@@ -85,6 +85,17 @@ def test_complete_runs_are_not_repeated_and_others_are(output, report, monkeypat
             Comparison(changed, data, output.parent / "runs").train("torus", 1, lambda _: None)
 
 
+def test_each_network_is_timed_by_its_own_steps(tmp_path, monkeypatch):
+    comparison = Comparison(TINY, waves(), tmp_path)
+    made = []
+    step = field.FieldRun._step
+    monkeypatch.setattr(field.FieldRun, "_step", lambda run, *batch: made.append(run.model) or step(run, *batch))
+    comparison.time_steps(0.0, lambda _: None)
+    models = list(dict.fromkeys(made))
+    assert [type(model).__name__ for model in models] == ["TorusField", "WindowField"]
+    assert len({made.count(model) for model in models}) == 1
+
+
 def test_table(report, output):
     head, _, ours, windows, unchanged, *_ = markdown_of(output).splitlines()
     assert head.startswith("| network | parameters | relative L2, one step |")
