@@ -164,15 +164,17 @@ def _make_data(settings: Settings, runs: Path, console: Console) -> FieldData:
     return data
 
 
-def edge_profile(error: Tensor) -> tuple[float, ...]:
-    """Root mean square of errors ``[H, W]`` at each distance from the nearest edge of the array, over that of all."""
+def edge_profile(error: Tensor, patch: int) -> tuple[float, ...]:
+    """Root mean square of errors ``[H, W]`` on rings one patch wide, from the edge of the array to its middle, divided
+    by that of all points."""
     height, width = error.shape
     rows, columns = torch.arange(height), torch.arange(width)
     distance = torch.minimum(torch.minimum(rows, height - 1 - rows)[:, None],
                              torch.minimum(columns, width - 1 - columns))
     squares = error.double().square()
     of_all = squares.mean()
-    return tuple((squares[distance == d].mean() / of_all).sqrt().item() for d in range(int(distance.max()) + 1))
+    ring = distance // patch
+    return tuple((squares[ring == r].mean() / of_all).sqrt().item() for r in range(int(ring.max()) + 1))
 
 
 class Comparison:
@@ -247,7 +249,7 @@ class Comparison:
         means = tuple(sum(losses[i:i + per_epoch]) / len(losses[i:i + per_epoch])
                       for i in range(0, len(losses), per_epoch))
         trained = Trained(network, seed, number_of_parameters(model), scores.to_dict(),
-                          edge_profile(scores.one_step_map), means)
+                          edge_profile(scores.one_step_map, self.report.task["patch"]), means)
         self.report.trained.append(trained)
         return trained
 

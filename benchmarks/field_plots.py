@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .field_report import LABELS, OURS, PUBLISHED, FieldReport, describe
+from .field_report import LABELS, OURS, FieldReport, describe
 
 
 def _colour(network: str) -> str:
@@ -32,7 +32,7 @@ def write_seam(report: FieldReport, path: Path) -> None:
         bars.annotate(f"{statistics.fmean(values):.2f}", (max(1, *values), place), (5, 0),
                       textcoords="offset points", va="center", fontsize=8)
         profile = _mean([trained.profile for trained in report.runs(network)])
-        lines.plot(range(len(profile)), profile, color=_colour(network), label=LABELS[network],
+        lines.plot(range(1, 1 + len(profile)), profile, marker="o", ms=3, color=_colour(network), label=LABELS[network],
                    lw=2.5 if network == OURS else 1.2)
     control = report.trained[0].scores["seam_one_step_target"]
     bars.axvline(1, color="0.3", lw=0.8)
@@ -43,7 +43,7 @@ def write_seam(report: FieldReport, path: Path) -> None:
     bars.set(xlabel="error at the seam / error elsewhere, one step", title="A seam has more than 1")
     bars.legend(fontsize=7)
     lines.axhline(1, color="0.3", lw=0.8)
-    lines.set(xlabel="distance from the edge of the array, in points", ylabel="error / mean error",
+    lines.set(xlabel="ring of patches, counted from the edge of the array", ylabel="error / mean error",
               title="Where the errors are")
     lines.legend(fontsize=7)
     figure.savefig(path, dpi=150)
@@ -65,18 +65,13 @@ def write_errors(report: FieldReport, path: Path) -> None:
         training.plot(range(1, 1 + len(losses)), losses, color=_colour(network))
     persistence = report.trained[0].scores["persistence_rollout_steps"]
     rollout.plot(range(1, 1 + len(persistence)), persistence, color="0.5", ls=":", label="no change")
-    if report.data.get("viscosity") == 1e-5:
-        for name, value in PUBLISHED.items():
-            bars.axvline(value, color="0.5", lw=0.8, ls=":")
-            bars.annotate(f"{name} (published, full data)", (value, -0.45), rotation=90, fontsize=6, va="top",
-                          ha="right", color="0.4")
     bars.set_yticks(range(len(networks)), [LABELS[n] for n in networks])
     bars.invert_yaxis()
     bars.set(xlabel="relative L2 error: one step (dark), rollout (light)", title="Error on test trajectories")
     rollout.set(xlabel="frames into the rollout", ylabel="relative L2 error", title="Autoregressive rollout")
     rollout.legend(fontsize=7)
     training.set(xlabel="epoch", ylabel="relative L2 loss", title="Training", yscale="log")
-    figure.supxlabel(describe(report), fontsize=6, wrap=True)
+    figure.supxlabel(describe(report).splitlines()[0], fontsize=6, wrap=True)
     figure.savefig(path, dpi=150)
 
 

@@ -42,8 +42,8 @@ class Trained:
     Attributes:
         network: a name of `LABELS`.
         scores: `torus_model.field.FieldScores.to_dict`.
-        profile: root mean square error in one step of the points at distance 0, 1, ... from the nearest edge of the
-            array, divided by that of all points.
+        profile: root mean square error in one step on rings one patch wide, from the edge of the array to its middle,
+            divided by that of all points.
         losses: mean training loss of each epoch.
     """
 
@@ -173,7 +173,7 @@ def grid(report: FieldReport) -> Grid:
 
 
 def describe(report: FieldReport) -> str:
-    """What the table cannot say, in a few sentences."""
+    """What the table cannot say."""
     data, task, training = report.data, report.task, report.training
     seeds = sorted({trained.seed for trained in report.trained})
     return (
@@ -184,7 +184,14 @@ def describe(report: FieldReport) -> str:
         f"{report.steps_per_epoch} steps, AdamW, the same settings for all; "
         f"{len(seeds)} seed{'s' * (len(seeds) > 1)}: means, in parentheses smallest and largest. Epoch: median step "
         f"in rounds that run every network once, times the steps. {environment.describe(report.machine)}."
+        + (_published() if data.get("viscosity") == 1e-5 else "")
     )
+
+
+def _published() -> str:
+    figures = ", ".join(f"{name} {error:.4f}" for name, error in PUBLISHED.items())
+    return (f"\n\nPublished errors of the rollout on the public data at this viscosity, after 500 epochs on 1000 "
+            f"trajectories and with models of other sizes, so not comparable with the table: {figures}.")
 
 
 def markdown(report: FieldReport) -> str:

@@ -112,11 +112,12 @@ def test_plots_are_written(output):
 
 
 def test_edge_profile_finds_a_seam():
-    error = torch.ones(8, 6)
-    assert edge_profile(error) == pytest.approx([1, 1, 1])
-    error[0] = error[-1] = error[:, 0] = error[:, -1] = 2
-    profile = edge_profile(error)
-    assert profile[0] == pytest.approx(2 * profile[1]) and profile[1] == pytest.approx(profile[2])
+    error = torch.ones(12, 8)
+    assert edge_profile(error, 2) == pytest.approx([1, 1])
+    assert len(edge_profile(error, 1)) == 4
+    error[:2] = error[-2:] = error[:, :2] = error[:, -2:] = 2
+    outer, inner = edge_profile(error, 2)
+    assert outer == pytest.approx(2 * inner) and inner < 1
 
 
 def parsed(*options):
