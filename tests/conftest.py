@@ -24,6 +24,11 @@ settings.register_profile("thorough", max_examples=1000, **_QUIET)
 settings.load_profile("default")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _keep_tokenised_text_out_of_the_users_cache(tmp_path_factory):
+    os.environ["TORUS_TEXT_CACHE_DIR"] = str(tmp_path_factory.mktemp("text-cache"))
+
+
 def _marks(name: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.gpu] if Backend(name).device == "cuda" else []
 

@@ -79,7 +79,7 @@ def test_program_restarts_once_with_threads_that_sleep(monkeypatch):
 
 def test_train_then_generate(run_dir, capsys):
     assert sorted(path.name for path in run_dir.iterdir()) == [
-        "checkpoint.safetensors", "history.json", "validation.png",
+        "checkpoint.previous.safetensors", "checkpoint.safetensors", "history.json", "validation.png",
     ]
 
     def write(seed):
@@ -251,7 +251,7 @@ def test_defects_keep_their_traceback(run_dir, monkeypatch):
     def broken(*args, **kwargs):
         raise ValueError("a defect")
 
-    monkeypatch.setattr("torus_model.__main__.train", broken)
+    monkeypatch.setattr("torus_model.commands.train.train", broken)
     with pytest.raises(ValueError, match="a defect"):
         main(["train", "--output", str(run_dir), "--overwrite", "--steps", "1"])
 
@@ -260,7 +260,7 @@ def test_one_line_even_where_the_reason_has_many(run_dir, monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise BackendError("the compiler said\nmany\nlines")
 
-    monkeypatch.setattr("torus_model.__main__.train", broken)
+    monkeypatch.setattr("torus_model.commands.train.train", broken)
     assert "said many lines" in fails_in_one_line(capsys, "train", "--output", run_dir, "--overwrite", "--steps", 1)
 
 
@@ -268,6 +268,6 @@ def test_interruption_is_one_line(run_dir, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("torus_model.__main__.train", interrupted)
+    monkeypatch.setattr("torus_model.commands.train.train", interrupted)
     assert run("train", "--output", run_dir, "--overwrite", "--steps", 1) == 130
     assert "interrupted" in capsys.readouterr().err

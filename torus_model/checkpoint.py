@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .lm import ModelConfig, TorusLM
+from .tokenizer import ByteTokenizer, Tokenizer
 
 FILE_NAME = "checkpoint.safetensors"
+BEST_FILE_NAME = "checkpoint.best.safetensors"
 WEIGHTS = "model."
 """Prefix of the model's weights among the tensors of the file."""
+
+_NOTHING = "-"
+"""Prefix of no tensor."""
 
 _OPTIMIZER = "optimizer."
 _FORMAT = "torus_model.checkpoint.1"
@@ -29,34 +35,69 @@ class CheckpointError(ValueError):
     """A file is not a checkpoint, or not one that can be used this way; the message says why."""
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint that was at ``path`` before is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def save(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, keep_previous: bool = False
+) -> None:
     """Writes the file beside ``path`` and moves it there, so that a crash leaves the old file or the new one.
 
     Args:
         path: the checkpoint.
         tensors: by name.
         metadata: values that JSON can hold.
+        keep_previous: move what is at ``path`` to `previous_of` it, unless it is damaged. A crash between the two moves
+            leaves that file alone, which `locate` finds.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     texts = {"format": _FORMAT} | {key: json.dumps(value) for key, value in metadata.items()}
     try:
         save_file({name: x.detach().contiguous() for name, x in tensors.items()}, temporary, metadata=texts)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())  # otherwise a power failure may keep the new name and lose the content
+        if keep_previous and _defect(path) is None:
+            os.replace(path, previous_of(path))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(path: Path) -> None:
+    """Removes what processes that were killed while they wrote this checkpoint left beside it."""
+    for file in path.parent.glob(f"{path.name}.*.tmp"):
+        file.unlink(missing_ok=True)
+
+
 def locate(path: str | os.PathLike) -> Path:
-    """The checkpoint at ``path``, which may be the folder of a run.
+    """The checkpoint at ``path``, which may be the folder of a run: then it is the newest, or, with a warning, the
+    previous one where the newest is damaged.
 
     Raises:
         CheckpointError: there is none.
     """
     path = Path(path)
     file = path / FILE_NAME if path.is_dir() else path
+    previous = previous_of(file)
+    if path.is_dir() and (defect := _defect(file)) is not None and _defect(previous) is None:
+        warnings.warn(f"{file} is not usable ({defect}); going back to {previous}", stacklevel=1)
+        return previous
     if not file.exists():
         raise CheckpointError(f"no checkpoint at {file}")
     return file
+
+
+def _defect(file: Path) -> str | None:
+    """Why a file cannot be a checkpoint, or None: whether it is there, and as long as its header says."""
+    try:
+        with safe_open(file, framework="pt"):
+            return None
+    except FileNotFoundError:
+        return "it is missing"
+    except (SafetensorError, OSError) as error:
+        return f"truncated or damaged: {_one_line(error)}"
 
 
 def load(path: str | os.PathLike, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -75,7 +116,13 @@ def load(path: str | os.PathLike, prefix: str = "") -> tuple[dict[str, Tensor], 
             tensors = {name: content.get_tensor(name) for name in names if name.startswith(prefix)}
         return tensors, {key: json.loads(text) for key, text in texts.items()}
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read as a checkpoint: {_one_line(error)}") from error
+        raise CheckpointError(f"{file} cannot be read as a checkpoint, it is truncated or damaged: "
+                              f"{_one_line(error)}") from error
+
+
+def load_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """All metadata, without the tensors; raises as `load`."""
+    return load(path, _NOTHING)[1]
 
 
 def load_model(path: str | os.PathLike, backend: str | None = None) -> TorusLM:
@@ -95,6 +142,22 @@ def load_model(path: str | os.PathLike, backend: str | None = None) -> TorusLM:
     except RuntimeError as error:
         raise CheckpointError(f"{locate(path)} does not hold the weights of its TorusLM: {_one_line(error)}") from error
     return model.eval()
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a checkpoint; bytes, where it says nothing of one.
+
+    Raises:
+        CheckpointError: the file is not there, not complete, or holds something else in its place.
+        TokenizerError: the package of the tokenizer is missing.
+    """
+    metadata = load_metadata(path)
+    if "tokenizer" not in metadata:
+        return ByteTokenizer()
+    try:
+        return Tokenizer.from_dict(metadata["tokenizer"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{locate(path)} does not hold a tokenizer: {_one_line(error)}") from error
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,15 @@ from typing import Any
 from .checks import check_numbers, check_positive_integers
 from .data import DEFAULT_MAX_BYTES
 from .lm import ModelConfig
+from .tokenizer import ByteTokenizer
+
+SIZES = {
+    "tiny": ModelConfig(),
+    "small": ModelConfig(width=384, layers=6, heads=6, n_major=32, n_minor=32),
+    "gpt2": ModelConfig(width=768, layers=12, heads=12, n_major=32, n_minor=32),
+}
+"""Named models: the default one, one between, and the width, layers, heads and context of GPT-2's smallest (Radford et
+al. 2019, table 2). The vocabulary is the tokenizer's."""
 
 
 @dataclass(frozen=True)
@@ -18,22 +27,33 @@ class TrainConfig:
     """Everything that determines a run. Exactly one of ``steps`` and ``seconds`` is its budget.
 
     Args:
-        model: the architecture; its vocabulary must be the 256 bytes.
+        model: the architecture; its vocabulary must be that of the tokenizer.
         steps: length of the run in optimiser steps. Such a run is reproducible.
         seconds: length of the run in seconds of wall-clock time, validations included and the first one, which
             also loads the backend, excluded. The learning rate follows the time.
         data: file or folder of text; None for the standard library's sources.
         max_bytes: the text is cut there.
-        validation_fraction: part of the text, at its end, that is not trained on.
+        tokenizer: file of a `BPETokenizer`; None for bytes.
+        pack_documents: keep documents apart: no token sees another document than its own, and none is predicted from
+            one. The tokenizer of bytes then has the special tokens, too.
+        validation_fraction: part of the text that is validated on, after the part that is trained on.
+        test_fraction: part of the text, at its end, that the run does not look at; 0 for none.
         seq_len: tokens per sequence.
         batch_size: sequences per step.
         learning_rate: peak of the schedule: a linear warm-up, then a half cosine.
         warmup: part of the budget that the warm-up takes.
         final_learning_rate: where the schedule begins and ends, as a part of the peak.
+        accumulate: how many parts the sequences of a step are split into, whose gradients add up: less memory for the
+            same step.
+        autocast: run the steps in bfloat16 where PyTorch's autocast does; weights, optimiser and validations stay in
+            float32.
+        activation_checkpointing: as in `TorusLM`.
         weight_decay: of AdamW, on the matrices of linear layers and the embedding only.
         clip: largest norm of the gradient.
         validations: how many times the run is validated and saved, evenly over the budget.
         validation_windows: sequences in the validation set, spread evenly over the validation part.
+        patience: stop after so many validations without an improvement, and keep the best checkpoint; None to go on.
+        tensorboard: write logs for TensorBoard.
         seed: of the initial weights, the batches and the dropout.
         backend: backend of `torus_attention`; None for the best that can run.
 
@@ -46,9 +66,15 @@ class TrainConfig:
     seconds: float | None = None
     data: str | None = None
     max_bytes: int = DEFAULT_MAX_BYTES
+    tokenizer: str | None = None
+    pack_documents: bool = False
     validation_fraction: float = 0.1
+    test_fraction: float = 0.05
     seq_len: int = 256
     batch_size: int = 2
+    accumulate: int = 1
+    autocast: bool = False
+    activation_checkpointing: bool = False
     learning_rate: float = 3e-3
     warmup: float = 0.05
     final_learning_rate: float = 0.05
@@ -56,6 +82,8 @@ class TrainConfig:
     clip: float = 1.0
     validations: int = 10
     validation_windows: int = 32
+    patience: int | None = None
+    tensorboard: bool = False
     seed: int = 0
     backend: str | None = None
 
@@ -63,16 +91,23 @@ class TrainConfig:
         if (self.steps is None) == (self.seconds is None):
             raise ValueError("a run has a budget of either steps or seconds: give exactly one")
         check_positive_integers(
-            self, "max_bytes", "seq_len", "batch_size", "validations", "validation_windows", optional=["steps"]
+            self, "max_bytes", "seq_len", "batch_size", "accumulate", "validations", "validation_windows",
+            optional=["steps", "patience"],
         )
         check_numbers(
             self, "learning_rate", "clip", optional=["seconds"], where=lambda x: 0 < x < math.inf, needs="positive"
         )
         check_numbers(self, "validation_fraction", "warmup", where=lambda x: 0 < x < 1, needs="between 0 and 1")
         check_numbers(self, "final_learning_rate", where=lambda x: 0 <= x <= 1, needs="at least 0 and at most 1")
+        check_numbers(self, "test_fraction", where=lambda x: 0 <= x < 1 - self.validation_fraction,
+                      needs=f"at least 0 and below 1 - validation_fraction = {1 - self.validation_fraction}")
         check_numbers(self, "weight_decay", where=lambda x: 0 <= x < math.inf, needs="at least 0")
-        if self.model.vocab_size != 256:
-            raise ValueError(f"vocab_size must be 256 for training on bytes, got {self.model.vocab_size}")
+        if self.batch_size % self.accumulate != 0:
+            raise ValueError(f"accumulate must divide batch_size = {self.batch_size}, got {self.accumulate}")
+        if self.tokenizer is None and self.model.vocab_size != ByteTokenizer(self.pack_documents).vocab_size:
+            needed = ByteTokenizer(self.pack_documents).vocab_size
+            raise ValueError(f"vocab_size must be {needed} for training on bytes with pack_documents = "
+                             f"{self.pack_documents}, got {self.model.vocab_size}")
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as values that JSON can hold."""
@@ -81,4 +116,5 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TrainConfig:
         """The configuration of `to_dict`, also after a way through JSON."""
-        return cls(**{**fields, "model": ModelConfig.from_dict(fields["model"])})
+        # Runs that say nothing of a test part were made without.
+        return cls(**{"test_fraction": 0.0, **fields, "model": ModelConfig.from_dict(fields["model"])})

@@ -29,13 +29,15 @@ class Validation:
         step: training steps made before.
         tokens: tokens trained on before.
         seconds: time of the run before, validations included.
-        bits_per_byte: mean cross-entropy on the validation windows, in bits.
+        bits_per_byte: cross-entropy on the validation windows over the bytes that they stand for, in bits.
+        perplexity: of a token of the validation windows.
     """
 
     step: int
     tokens: int
     seconds: float
     bits_per_byte: float
+    perplexity: float
 
 
 @dataclass
@@ -43,7 +45,7 @@ class History:
     """Everything measured in a run.
 
     Attributes:
-        losses: mean cross-entropy of every training step, in nats per byte.
+        losses: mean cross-entropy of every training step, in nats per token.
         validation: the validation curve; the first point is the untrained model.
     """
 
@@ -57,19 +59,30 @@ class History:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> History:
         """The history of `to_dict`."""
-        return cls(list(fields["losses"]), [Validation(**point) for point in fields["validation"]])
+        # Runs of bytes have been recorded without the perplexity.
+        points = [{"perplexity": 2 ** point["bits_per_byte"]} | point for point in fields["validation"]]
+        return cls(list(fields["losses"]), [Validation(**point) for point in points])
+
+    @property
+    def best(self) -> int | None:
+        """Index of the first validation with the fewest bits per byte, or None before the first."""
+        bits = [point.bits_per_byte for point in self.validation]
+        return bits.index(min(bits)) if bits else None
 
     def write_json(self, path: Path, **about: Any) -> None:
         """Writes the history and what it is ``about``."""
         write_json(path, about | self.to_dict())
 
-    def write_plot(self, path: Path, title: str = "Byte-level language model on torus attention") -> None:
+    def write_plot(
+        self, path: Path, title: str = "Language model on torus attention", bytes_per_token: float = 1.0
+    ) -> None:
         """Draws the validation curve over the training loss, both in bits per byte, as a PNG."""
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         if self.losses:
             steps = range(1, len(self.losses) + 1)
-            axes.plot(steps, [loss / math.log(2) for loss in self.losses], color="0.8", lw=0.8, label="training batch")
+            bits = [loss / math.log(2) / bytes_per_token for loss in self.losses]
+            axes.plot(steps, bits, color="0.8", lw=0.8, label="training batch")
         axes.plot(
             [point.step for point in self.validation], [point.bits_per_byte for point in self.validation],
             color="C0", marker="o", ms=4, label="validation",

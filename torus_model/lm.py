@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from torus_kernels import TorusLattice
-from torus_kernels.checks import MAX_HEAD_DIM
+from torus_kernels.checks import MAX_HEAD_DIM, parameter_dtype
 
 from .block import TorusBlock
 from .checks import check_numbers, check_positive_integers
@@ -25,7 +27,7 @@ class ModelConfig:
     """Everything that determines a `TorusLM`; which kernels compute it is not part of it.
 
     Args:
-        vocab_size: number of tokens; 256 for bytes.
+        vocab_size: number of tokens, that of the tokenizer; 256 for bytes.
         width: size of the tokens' embedding.
         layers: number of blocks.
         heads: query heads; ``width / heads`` must be a multiple of 8 up to 256.
@@ -96,11 +98,16 @@ class TorusLM(nn.Module):
     Args:
         config: the architecture.
         backend: backend of `torus_attention` in every layer.
+        activation_checkpointing: keep only the inputs of every block for the backward pass, which runs the block again:
+            the same gradients from less memory.
     """
 
-    def __init__(self, config: ModelConfig, backend: str | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, backend: str | None = None, *, activation_checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = activation_checkpointing
         lattice = config.lattice
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(
@@ -146,9 +153,14 @@ class TorusLM(nn.Module):
         state = None
         for layer, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[layer]
-            x, state = block(x, state, first_key=first_key, offset=offset, cache=layer_cache)
+            options = {"first_key": first_key, "offset": offset, "cache": layer_cache}
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, state = checkpoint(block, x, state, use_reentrant=False, **options)
+            else:
+                x, state = block(x, state, **options)
         return F.linear(self.norm(x), self.embedding.weight)
 
     def loss(self, tokens: Tensor, targets: Tensor, *, first_key: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy of the next tokens ``targets`` ``[B, T]``, in nats per token."""
-        return F.cross_entropy(self(tokens, first_key=first_key).flatten(0, 1), targets.flatten())
+        """Mean cross-entropy of the next tokens ``targets`` ``[B, T]``, in nats per token; -100 is no target."""
+        logits = self(tokens, first_key=first_key).flatten(0, 1)
+        return F.cross_entropy(logits.to(parameter_dtype(logits.dtype)), targets.flatten())

@@ -16,10 +16,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from . import checkpoint, data
 from .checkpoint import CheckpointError
 from .config import TrainConfig
+from .evaluation import score
 from .history import History, Validation
 from .lm import TorusLM
+from .tokenizer import ByteTokenizer, Tokenizer, TokenizerError, load_tokenizer
 
-_MAY_CHANGE_ON_RESUME = ("steps", "seconds", "validations", "backend", "data", "max_bytes")
+_MAY_CHANGE_ON_RESUME = (
+    "steps", "seconds", "validations", "backend", "data", "max_bytes", "activation_checkpointing", "patience",
+    "tensorboard",
+)
 """Fields that a continued run may set anew. The data may have moved, but its bytes must be the same."""
 
 
@@ -48,14 +53,41 @@ def make_optimizer(
     return AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def training_step(model: TorusLM, optimizer: Optimizer, tokens: Tensor, targets: Tensor, clip: float) -> float:
-    """One step of gradient descent on ``tokens`` and ``targets`` ``[B, T]``; returns the loss before it, in nats."""
+def training_step(
+    model: TorusLM,
+    optimizer: Optimizer,
+    tokens: Tensor,
+    targets: Tensor,
+    clip: float,
+    first_key: Tensor | None = None,
+    accumulate: int = 1,
+    autocast: bool = False,
+) -> float:
+    """One step of gradient descent.
+
+    Args:
+        model, optimizer: what it changes.
+        tokens, targets, first_key: each ``[B, T]``, as in `TorusLM.loss`.
+        clip: largest norm of the gradient.
+        accumulate: parts of the batch that run one after the other.
+        autocast: run the model in bfloat16 where PyTorch's autocast does.
+
+    Returns:
+        The loss before the step, in nats per token.
+    """
     optimizer.zero_grad()
-    loss = model.loss(tokens, targets)
-    loss.backward()
+    total, mean = int((targets != data.IGNORED).sum()), 0.0
+    keys = [None] * accumulate if first_key is None else first_key.chunk(accumulate)
+    for part, goals, first in zip(tokens.chunk(accumulate), targets.chunk(accumulate), keys, strict=True):
+        if count := int((goals != data.IGNORED).sum()):
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
+                loss = model.loss(part, goals, first_key=first)
+            loss = loss * (count / total)  # the parts' means weigh as their targets do
+            loss.backward()
+            mean += loss.item()
     nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
-    return loss.item()
+    return mean
 
 
 def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
@@ -67,17 +99,9 @@ def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
     return final + (1 - final) * height
 
 
-@torch.inference_mode()
 def validate(model: TorusLM, validation: Tensor, windows: int, batch_size: int, seq_len: int) -> float:
-    """Mean cross-entropy on the fixed windows of the validation part, in bits per byte."""
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for tokens, targets in data.fixed_batches(validation, windows, batch_size, seq_len):
-        total += model.loss(tokens, targets).item() * targets.numel()
-        count += targets.numel()
-    model.train(was_training)
-    return total / count / math.log(2)
+    """Mean cross-entropy on fixed windows of bytes, in bits per byte."""
+    return score(model, data.fixed_batches(validation, windows, batch_size, seq_len), ByteTokenizer()).bits_per_byte
 
 
 class _Stopwatch:
@@ -96,19 +120,32 @@ class _Stopwatch:
 
 
 class Run:
-    """The state of a run, all of which a checkpoint holds."""
+    """The state of a run, all of which a checkpoint holds.
 
-    def __init__(self, config: TrainConfig) -> None:
+    Args:
+        config: the run.
+        tokenizer: that of the checkpoint that the run continues from; None for the one that ``config`` names.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer | None = None) -> None:
         self.config = config
-        self.corpus = data.load_corpus(config.data, config.max_bytes)
-        self.training, self.validation = data.split(
-            self.corpus.data, config.validation_fraction, window=config.seq_len + 1
+        if tokenizer is None:
+            tokenizer = load_tokenizer(config.tokenizer, special_tokens=config.pack_documents)
+        if tokenizer.vocab_size != config.model.vocab_size:
+            raise TokenizerError(f"vocab_size must be the {tokenizer.vocab_size} of the tokenizer, "
+                                 f"got {config.model.vocab_size}")
+        self.tokenizer = tokenizer
+        self.corpus = data.load_corpus(config.data, config.max_bytes, tokenizer)
+        self.training, self.validation, _ = data.split(
+            self.corpus.data, config.validation_fraction, config.seq_len + 1, config.test_fraction
         )
         self.fingerprint = self.corpus.fingerprint
         self.history = History()
         self.stopwatch = _Stopwatch()
         torch.manual_seed(config.seed)
-        self.model = TorusLM(config.model, backend=config.backend)
+        self.model = TorusLM(
+            config.model, backend=config.backend, activation_checkpointing=config.activation_checkpointing
+        )
         self.optimizer = make_optimizer(self.model, config.learning_rate, config.weight_decay)
         self.scheduler = LambdaLR(
             self.optimizer, lambda _: learning_rate_factor(self.progress, config.warmup, config.final_learning_rate)
@@ -126,11 +163,34 @@ class Run:
         spent = self.step / config.steps if config.steps else self.stopwatch.seconds / (config.seconds or math.inf)
         return min(1.0, spent)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the budget is spent, or the patience."""
+        return self.progress >= 1 or self.has_stopped_early
+
+    @property
+    def has_stopped_early(self) -> bool:
+        """Whether the last ``patience`` validations brought no improvement."""
+        best = self.history.best
+        if self.config.patience is None or best is None:
+            return False
+        return len(self.history.validation) - 1 - best >= self.config.patience
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Mean over the text."""
+        return self.corpus.bytes / len(self.corpus.data)
+
     def advance(self) -> float:
         """One training step; returns its loss."""
         config = self.config
         tokens, targets = data.random_batch(self.training, config.batch_size, config.seq_len, self.generator)
-        loss = training_step(self.model, self.optimizer, tokens, targets, config.clip)
+        first_key = None
+        if config.pack_documents:
+            first_key, targets = data.within_documents(tokens, targets, self.tokenizer)
+        loss = training_step(
+            self.model, self.optimizer, tokens, targets, config.clip, first_key, config.accumulate, config.autocast
+        )
         if not math.isfinite(loss):
             raise TrainingError(f"the loss became {loss} at step {self.step + 1}; a lower learning rate may help")
         self.history.losses.append(loss)
@@ -141,23 +201,27 @@ class Run:
         """Adds a point to the validation curve."""
         config = self.config
         seconds = self.stopwatch.seconds
-        bits = validate(self.model, self.validation, config.validation_windows, config.batch_size, config.seq_len)
+        windows = data.fixed_batches(
+            self.validation, config.validation_windows, config.batch_size // config.accumulate, config.seq_len
+        )
+        found = score(self.model, windows, self.tokenizer, pack_documents=config.pack_documents)
         tokens = self.step * config.batch_size * config.seq_len
-        self.history.validation.append(Validation(self.step, tokens, seconds, bits))
+        self.history.validation.append(Validation(self.step, tokens, seconds, found.bits_per_byte, found.perplexity))
         return self.history.validation[-1]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, keep_previous: bool = False) -> None:
         optimizer = checkpoint.optimizer_tensors(self.optimizer)
         rng = {"rng.global": torch.get_rng_state(), "rng.batches": self.generator.get_state()}
         checkpoint.save(path, checkpoint.model_tensors(self.model) | optimizer | rng, {
             "model_config": self.config.model.to_dict(),
             "train_config": self.config.to_dict(),
+            "tokenizer": self.tokenizer.to_dict(),
             "data_fingerprint": self.fingerprint,
             "seconds": self.stopwatch.seconds,
             "history": self.history.to_dict(),
             # With the learning rate: the schedule has no state of its own.
             "param_groups": self.optimizer.state_dict()["param_groups"],
-        })
+        }, keep_previous=keep_previous)
 
     def restore(self, path: Path) -> None:
         """Continues from a checkpoint: weights, optimiser, schedule, random numbers, clock and history.

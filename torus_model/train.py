@@ -1,4 +1,4 @@
-"""Training of the byte-level model.
+"""Training of the language model.
 
     from torus_model.train import TrainConfig, train
     result = train(TrainConfig(seconds=120), "runs/model")
@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +27,11 @@ from .config import TrainConfig
 from .history import History, Validation
 from .lm import ModelConfig, TorusLM
 from .run import Run, TrainingError, make_optimizer, training_step
+from .tensorboard import TensorBoardLog
 
-__all__ = ["TrainConfig", "TrainingError", "TrainingResult", "resumable_config", "steps_per_second", "train"]
+__all__ = [
+    "TrainConfig", "TrainingError", "TrainingResult", "load_config", "resumable_config", "steps_per_second", "train",
+]
 
 _EXPORTS = ("history.json", "validation.png")
 
@@ -38,9 +43,10 @@ class TrainingResult:
     Attributes:
         model: trained, in evaluation mode.
         history: losses and validation curve.
-        checkpoint: the safetensors file, for `checkpoint.load_model` and for resuming.
+        checkpoint: the newest safetensors file, for `checkpoint.load_model` and for resuming.
         history_file: the history as JSON.
         plot_file: the validation curve as PNG.
+        stopped_early: whether the patience was spent before the budget.
     """
 
     model: TorusLM
@@ -48,11 +54,17 @@ class TrainingResult:
     checkpoint: Path
     history_file: Path
     plot_file: Path
+    stopped_early: bool = False
 
     @property
     def bits_per_byte(self) -> float:
         """The last point of the validation curve."""
         return self.history.validation[-1].bits_per_byte
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token, at the last point of the validation curve."""
+        return self.history.validation[-1].perplexity
 
     @property
     def tokens_per_second(self) -> float:
@@ -78,6 +90,19 @@ def steps_per_second(
         return steps / (time.perf_counter() - started)
 
 
+def load_config(path: str | os.PathLike) -> tuple[TrainConfig, str]:
+    """The configuration of the run that a checkpoint is of, and the fingerprint of its text.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or none of a run.
+    """
+    metadata = checkpoint.load_metadata(path)
+    try:
+        return TrainConfig.from_dict(metadata["train_config"]), metadata["data_fingerprint"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not hold a run: {error!r}") from error
+
+
 def resumable_config(run_dir: str | os.PathLike, **changes: Any) -> TrainConfig:
     """The configuration of the run in this folder, with changes: of the budget, for instance.
 
@@ -85,12 +110,7 @@ def resumable_config(run_dir: str | os.PathLike, **changes: Any) -> TrainConfig:
         CheckpointError: there is no run.
         TypeError, ValueError: a change is wrong.
     """
-    _, metadata = checkpoint.load(Path(run_dir) / checkpoint.FILE_NAME, prefix=checkpoint.WEIGHTS)
-    try:
-        config = TrainConfig.from_dict(metadata["train_config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{run_dir} does not hold a run that can be resumed: {error!r}") from error
-    return dataclasses.replace(config, **changes)
+    return dataclasses.replace(load_config(run_dir)[0], **changes)
 
 
 def train(
@@ -101,56 +121,81 @@ def train(
     progress: bool = True,
     on_validation: Callable[[Validation], None] | None = None,
 ) -> TrainingResult:
-    """Trains a `TorusLM` on bytes.
+    """Trains a `TorusLM` on text.
 
-    Every validation writes checkpoint and history into ``run_dir``; the plot follows at the end, also at an early one.
-    A run that ``run_dir`` already holds is overwritten, unless it is resumed.
+    Every validation writes checkpoint and history into ``run_dir`` and keeps the checkpoint before; with a ``patience``
+    also the best one. The plot follows at the end, also at an early one. A run that ``run_dir`` already holds is
+    overwritten, unless it is resumed.
 
     Args:
         config: the run.
         run_dir: folder of the run; made where it does not exist.
-        resume: continue the run whose checkpoint lies in ``run_dir``. With a budget of steps, a run that was
-            interrupted has the same losses as one that was not.
+        resume: continue the run whose checkpoint lies in ``run_dir``, the previous one where the newest is damaged.
+            With a budget of steps, a run that was interrupted has the same losses as one that was not.
         progress: show a progress bar on stderr.
         on_validation: called with every new point of the validation curve, after the checkpoint is written.
 
     Raises:
         CheckpointError: there is nothing to resume, or it does not fit ``config``.
         DataError: the text is missing or too short.
+        TokenizerError: the tokenizer is missing or not that of the model.
         BackendError: the backend that was asked for cannot run.
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss is no longer finite, or a package for the logs is missing.
         OSError: a file cannot be read or written.
     """
     run_dir = Path(run_dir)
-    checkpoint_file, history_file, plot_file = (run_dir / name for name in (checkpoint.FILE_NAME, *_EXPORTS))
+    checkpoint_file, best_file, history_file, plot_file = (
+        run_dir / name for name in (checkpoint.FILE_NAME, checkpoint.BEST_FILE_NAME, *_EXPORTS)
+    )
     with torch.random.fork_rng(devices=[]):
-        run = Run(config)
-        if resume:
-            run.restore(checkpoint.locate(run_dir))
+        resumed = checkpoint.locate(run_dir) if resume else None
+        run = Run(config, None if resumed is None else checkpoint.load_tokenizer(resumed))
+        if resumed is not None:
+            run.restore(resumed)
         run_dir.mkdir(parents=True, exist_ok=True)
-        with _ProgressBar(run, progress) as bar:
+        checkpoint.remove_leftovers(checkpoint_file)
+        if not resume:  # nothing must go back to the run that this one overwrites
+            for file in (checkpoint.previous_of(checkpoint_file), best_file):
+                file.unlink(missing_ok=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            # Gains stay in float32 under autocast, for which PyTorch has no fused norm.
+            warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+            bar = stack.enter_context(_ProgressBar(run, progress))
+            log = stack.enter_context(TensorBoardLog(run_dir, run.step)) if config.tensorboard else None
+            # Called while the stack unwinds, also at an early end.
+            stack.callback(run.history.write_plot, plot_file, bytes_per_token=run.bytes_per_token)
 
             def record() -> None:
                 point = run.validate()
-                run.save(checkpoint_file)
+                run.save(checkpoint_file, keep_previous=run.step > 0)
+                if config.patience is not None and run.history.best == len(run.history.validation) - 1:
+                    run.save(best_file)
                 run.history.write_json(history_file, config=config.to_dict(), data=run.corpus.source)
-                bar.write(f"step {point.step}, {point.seconds:.0f} s: {point.bits_per_byte:.3f} bits per byte")
+                bar.write(f"step {point.step}, {point.seconds:.0f} s: {point.bits_per_byte:.3f} bits per byte, "
+                          f"perplexity {point.perplexity:.2f}")
+                if log is not None:
+                    log.write_validation(point)
                 if on_validation is not None:
                     on_validation(point)
 
-            try:
-                if not resume:
+            if not resume:
+                record()
+                run.stopwatch.start()
+            validated = int(run.progress * config.validations)
+            while not run.is_over:
+                loss = run.advance()
+                bar.update(loss)
+                if log is not None:
+                    log.write_step(run.step, loss, float(run.scheduler.get_last_lr()[0]))
+                if (due := int(run.progress * config.validations)) > validated:
                     record()
-                    run.stopwatch.start()
-                validated = int(run.progress * config.validations)
-                while run.progress < 1:
-                    bar.update(run.advance())
-                    if (due := int(run.progress * config.validations)) > validated:
-                        record()
-                        validated = due
-            finally:
-                run.history.write_plot(plot_file)
-    return TrainingResult(run.model.eval(), run.history, checkpoint_file, history_file, plot_file)
+                    validated = due
+            if run.has_stopped_early:
+                bar.write(f"stopped early: {config.patience} validations without an improvement")
+    return TrainingResult(
+        run.model.eval(), run.history, checkpoint_file, history_file, plot_file, run.has_stopped_early
+    )
 
 
 class _ProgressBar:
@@ -171,7 +216,7 @@ class _ProgressBar:
     def __enter__(self) -> _ProgressBar:
         corpus = self._run.corpus
         parameters = sum(p.numel() for p in self._run.model.parameters())
-        self.write(f"{parameters:,} parameters; {len(corpus.data) / 1e6:.1f} MB of text in {corpus.files} files from "
+        self.write(f"{parameters:,} parameters; {corpus.bytes / 1e6:.1f} MB of text in {corpus.files} files from "
                    f"{corpus.source}")
         return self
 
