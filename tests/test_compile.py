@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from recompiling import compiled_at_most, compiled_once, mark_dynamic
 from support import assert_same_up_to_rounding, make_problem
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -79,22 +80,6 @@ def test_default_compiler(backend):
     check(backend, LATTICE, 17, torch.float32, "inductor")
 
 
-def test_dynamic_sequence_length_does_not_recompile(backend):
-    counter = CompileCounterWithBackend("aot_eager")
-    function = torch.compile(
-        lambda q, k, v: backend.attention(lattice_rope(q, LATTICE), lattice_rope(k, LATTICE), v, LATTICE),
-        fullgraph=True, dynamic=True, backend=counter)
-    counts = []
-    with backend.chosen():
-        for seq_len in (3, 5, 11, 12, 13, 40):
-            problem = make_problem(LATTICE, seq_len, batch=2, heads=4, kv_heads=2).to(torch.float32, backend.device)
-            q, k = lattice_rope(problem.q, LATTICE), lattice_rope(problem.k, LATTICE)
-            expected = backend.attention(q, k, problem.v, LATTICE)
-            assert torch.equal(function(problem.q, problem.k, problem.v), expected)
-            counts.append(counter.frame_count)
-    assert counts[-1] == counts[0]
-
-
 def test_growing_rope_offset_does_not_recompile(backend):
     counter = CompileCounterWithBackend("aot_eager")
     function = torch.compile(lambda x, offset: lattice_rope(x, LATTICE, offset=offset), fullgraph=True,
@@ -134,3 +119,59 @@ def test_user_errors_come_through(backend):
     function = torch.compile(lambda q: backend.attention(q, q, q, TorusLattice(3, 3)), backend="aot_eager")
     with pytest.raises(Exception, match="q has sequence length 5"):
         function(q)
+
+
+def gradients_of(function, problem) -> list[torch.Tensor]:
+    leaves = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v, problem.ema_state)]
+    for leaf in leaves:  # detached tensors are marked anew
+        for dim in getattr(problem.q, "_dynamo_dynamic_indices", ()):
+            mark_dynamic(leaf, dim)
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+def attention_with_rope(backend, lattice, parameters):
+    """All differentiable operators on tokens of any batch size."""
+
+    def function(q, k, v, state):
+        q, k = lattice_rope(q, lattice), lattice_rope(k, lattice)
+        out = backend.attention(q, k, v, lattice, stream_weights=parameters.stream_weights, decay=parameters.decay,
+                                ema_state=state, ema_alpha=parameters.ema_alpha)
+        return ema_compound(out, state, parameters.ema_alpha)
+
+    return function
+
+
+def problem_for(backend, lattice, batch: int, seq_len: int):
+    return make_problem(lattice, seq_len, batch=batch, heads=4, kv_heads=2).to(torch.float32, backend.device)
+
+
+@pytest.mark.parametrize("lattice, seq_len", [(LATTICE, 17), (TorusLattice(4, 4), 16)], ids=["causal", "periodic"])
+def test_every_batch_size_shares_one_graph(backend, lattice, seq_len):
+    function = attention_with_rope(backend, lattice, problem_for(backend, lattice, 1, seq_len))
+    with backend.chosen(), compiled_once(function) as compiled:
+        for batch in (2, 3, 4, 8, 17):  # as many examples as heads, as the stream weights' last dimension, as tokens
+            problem = problem_for(backend, lattice, batch, seq_len)
+            expected = gradients_of(function, problem)
+            mark_dynamic(problem.q, 0)
+            for actual, wanted in zip(gradients_of(compiled, problem), expected, strict=True):
+                assert_same_up_to_rounding(actual, wanted, f"batch {batch}", ulps=1024)
+
+
+def test_every_length_shares_one_graph(backend):
+    function = attention_with_rope(backend, LATTICE, problem_for(backend, LATTICE, 1, 17))
+    with backend.chosen(), compiled_once(function) as compiled:
+        for seq_len in (3, 2, 4, 8, 12, 13, 40):
+            problem = problem_for(backend, LATTICE, 2, seq_len)
+            expected = gradients_of(function, problem)
+            mark_dynamic(problem.q, 2)
+            for actual, wanted in zip(gradients_of(compiled, problem), expected, strict=True):
+                assert_same_up_to_rounding(actual, wanted, f"length {seq_len}", ulps=1024)
+
+
+def test_sizes_that_change_unannounced_take_two_graphs(backend):
+    """The first graph is for the first size, the second for all others, as PyTorch does by default."""
+    function = attention_with_rope(backend, LATTICE, problem_for(backend, LATTICE, 1, 17))
+    with backend.chosen(), compiled_at_most(2, function) as compiled:
+        for batch, seq_len in ((2, 17), (3, 18), (4, 4), (5, 8), (8, 40), (12, 12)):
+            gradients_of(compiled, problem_for(backend, LATTICE, batch, seq_len))

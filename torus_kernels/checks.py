@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ def _shape(x: Tensor) -> str:
 def check_tensor(name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+    if x.is_nested or x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else f'layout {x.layout}'}")
     return x
 
 
@@ -40,9 +40,10 @@ def check_dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
         raise TypeError(f"{name} must have dtype {' or '.join(str(d) for d in allowed)}, got {x.dtype}")
 
 
-def check_shape(name: str, x: Tensor, layouts: dict[str, tuple[int, ...]]) -> None:
+def check_shape(name: str, x: Tensor, layouts: Mapping[str, tuple[int, ...]]) -> None:
     """``layouts`` maps the symbolic form shown to the user to the sizes it stands for here."""
-    if not any(tuple(x.shape) == sizes for sizes in layouts.values()):
+    # Lengths first: a tuple compares elements before, and a tracer would guard on whether B is H.
+    if not any(x.dim() == len(sizes) and tuple(x.shape) == sizes for sizes in layouts.values()):
         wanted = " or ".join(f"{form} = {list(sizes)}" for form, sizes in layouts.items())
         raise ValueError(f"{name} must have shape {wanted}, got {_shape(x)}")
 
@@ -63,7 +64,7 @@ def check_device(name: str, x: Tensor, device: torch.device, owner: str) -> None
 def check_operand(
     name: str,
     x: object,
-    layouts: dict[str, tuple[int, ...]],
+    layouts: Mapping[str, tuple[int, ...]],
     dtypes: Sequence[torch.dtype],
     like: Tensor,
     owner: str = "q",
@@ -99,10 +100,13 @@ def check_lattice(lattice: object) -> TorusLattice:
 def check_scale(scale: object) -> float:
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    scale = float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    return scale
+    try:
+        number = float(scale)
+    except OverflowError:  # an integer or a fraction beyond every float
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"scale must be finite in float64, got {number}")
+    return number
 
 
 def check_head_dim(what: str, head_dim: int) -> int:

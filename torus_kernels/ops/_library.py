@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("torus_kernels", "DEF")
 DEVICES = ("CPU", "CUDA")
 
 
-def define(name: str, arguments: str, returns: str, compute: Callable, fake: Callable) -> torch._ops.OpOverload:
+def define(
+    name: str, arguments: str, returns: str, compute: Callable[..., Any], fake: Callable[..., Any]
+) -> torch._ops.OpOverload:
     """Defines ``torus_kernels::name`` with its one schema, its computation on every device and its fake."""
     LIBRARY.define(f"{name}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     for device in DEVICES:
@@ -20,18 +24,40 @@ def define(name: str, arguments: str, returns: str, compute: Callable, fake: Cal
     return getattr(torch.ops.torus_kernels, name).default
 
 
-def differentiable(name: str, setup_context: Callable, backward: Callable) -> None:
-    """Registers the first-order gradient of ``torus_kernels::name``."""
-    torch.library.register_autograd(f"torus_kernels::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+def differentiable(
+    op: torch._ops.OpOverload, setup_context: Callable[..., Any], backward: Callable[..., Any], of: str
+) -> Callable[..., Any]:
+    """Registers the first-order gradient of an operator of the public function ``of``; returns what calls it.
+
+    The registration serves autograd and `torch.compile`. It has nothing for the transforms of `torch.func`, under which
+    PyTorch would raise an error about itself, or for forward-mode differentiation, which would silently take the
+    operator for a constant: calls under either are refused.
+    """
+    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=LIBRARY)
+
+    def call(*arguments):
+        if _is_transformed():
+            raise NotImplementedError(
+                f"{of} cannot be transformed by torch.func (vmap, grad, jvp, ...) or differentiated in forward mode: "
+                "use its batch dimension, and backward() or torch.autograd.grad"
+            )
+        return op(*arguments)
+
+    return call
 
 
-def first_order_only(name: str, of: str) -> None:
-    """Makes differentiating the backward operator ``name`` an error that says so."""
+def _is_transformed() -> bool:
+    """Whether a `torch.func` transform or a level of forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def first_order_only(op: torch._ops.OpOverload, of: str) -> Callable[..., Any]:
+    """`differentiable` of a backward operator: its gradient is an error that says that there is none."""
 
     def backward(ctx: object, *grads: Tensor) -> None:
         raise NotImplementedError(f"{of} is differentiable once: double backward is not implemented")
 
-    differentiable(name, lambda ctx, inputs, output: None, backward)
+    return differentiable(op, lambda ctx, inputs, output: None, backward, of)
 
 
 def empty_tokens(x: Tensor) -> Tensor:

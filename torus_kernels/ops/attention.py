@@ -99,13 +99,15 @@ def _autograd_backward(ctx, d_out, d_lse, d_entropy):
             d_first_key, d_lattice, d_scale, d_with_lse, d_with_entropy, d_backend)
 
 
-forward_op = define("attention", _FORWARD, "(Tensor, Tensor, Tensor)", _forward, _forward_fake)
-backward_op = define(
-    "attention_backward", _BACKWARD, "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward, _backward_fake,
+forward_op = differentiable(
+    define("attention", _FORWARD, "(Tensor, Tensor, Tensor)", _forward, _forward_fake),
+    _setup_context, _autograd_backward, of="torus_attention",
 )
-differentiable("attention", _setup_context, _autograd_backward)
-first_order_only("attention_backward", of="torus_attention")
+backward_op = first_order_only(
+    define("attention_backward", _BACKWARD, "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+           _backward, _backward_fake),
+    of="torus_attention",
+)
 
 
 def attention(

@@ -65,13 +65,15 @@ def _compound_autograd_backward(ctx, d_out, d_new_velocity):
 
 
 _GATES = "Tensor x, Tensor state, Tensor alpha, Tensor? beta, Tensor? velocity, str backend"
-compound_op = define("ema_compound", _GATES, "(Tensor, Tensor)", _compound, _compound_fake)
-compound_backward_op = define(
-    "ema_compound_backward", f"Tensor d_out, Tensor d_new_velocity, {_GATES}",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)", _compound_backward, _compound_backward_fake,
+compound_op = differentiable(
+    define("ema_compound", _GATES, "(Tensor, Tensor)", _compound, _compound_fake),
+    _compound_setup_context, _compound_autograd_backward, of="ema_compound",
 )
-differentiable("ema_compound", _compound_setup_context, _compound_autograd_backward)
-first_order_only("ema_compound_backward", of="ema_compound")
+compound_backward_op = first_order_only(
+    define("ema_compound_backward", f"Tensor d_out, Tensor d_new_velocity, {_GATES}",
+           "(Tensor, Tensor, Tensor, Tensor, Tensor)", _compound_backward, _compound_backward_fake),
+    of="ema_compound",
+)
 
 
 def _multiscale_outputs(x, states) -> tuple[Tensor, Tensor]:
@@ -119,10 +121,12 @@ def _multiscale_autograd_backward(ctx, d_mixed, d_new_states):
 
 
 _SCALES = "Tensor x, Tensor states, Tensor alphas, Tensor scale_weights, str backend"
-multiscale_op = define("ema_multiscale", _SCALES, "(Tensor, Tensor)", _multiscale, _multiscale_fake)
-multiscale_backward_op = define(
-    "ema_multiscale_backward", f"Tensor d_mixed, Tensor d_new_states, {_SCALES}",
-    "(Tensor, Tensor, Tensor, Tensor)", _multiscale_backward, _multiscale_backward_fake,
+multiscale_op = differentiable(
+    define("ema_multiscale", _SCALES, "(Tensor, Tensor)", _multiscale, _multiscale_fake),
+    _multiscale_setup_context, _multiscale_autograd_backward, of="ema_compound_multiscale",
 )
-differentiable("ema_multiscale", _multiscale_setup_context, _multiscale_autograd_backward)
-first_order_only("ema_multiscale_backward", of="ema_compound_multiscale")
+multiscale_backward_op = first_order_only(
+    define("ema_multiscale_backward", f"Tensor d_mixed, Tensor d_new_states, {_SCALES}",
+           "(Tensor, Tensor, Tensor, Tensor)", _multiscale_backward, _multiscale_backward_fake),
+    of="ema_compound_multiscale",
+)

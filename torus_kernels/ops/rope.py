@@ -30,7 +30,7 @@ def _autograd_backward(ctx, d_out):
     return rope_op(d_out, ctx.lattice, ctx.offset, not ctx.inverse, ctx.backend), None, None, None, None
 
 
-rope_op = define(
-    "rope", "Tensor x, int[] lattice, SymInt offset, bool inverse, str backend", "Tensor", _rope, _rope_fake
+rope_op = differentiable(
+    define("rope", "Tensor x, int[] lattice, SymInt offset, bool inverse, str backend", "Tensor", _rope, _rope_fake),
+    _setup_context, _autograd_backward, of="lattice_rope",
 )
-differentiable("rope", _setup_context, _autograd_backward)
