@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from . import field_report, gpu_report
+from . import field_report, gpu_report, precision_report
 from .report import Report
 from .tables import markdown_report
 
@@ -34,4 +34,6 @@ def markdown_of(path: Path) -> str:
         return gpu_report.markdown(gpu_report.GpuReport.load(path))
     if kind == field_report.KIND:
         return field_report.markdown(field_report.FieldReport.load(path))
+    if kind == precision_report.KIND:
+        return precision_report.markdown(precision_report.PrecisionReport.load(path))
     return markdown_report(Report.load(path))
