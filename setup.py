@@ -75,13 +75,19 @@ def version():
 
 EXTRAS = {
     "model": ["safetensors", "tqdm", "matplotlib"],
+    "text": ["tokenizers"],
+    "tensorboard": ["tensorboard"],
+    "field": ["scipy", "h5py"],  # to read the public Navier-Stokes files
     "bench": ["pytest-benchmark", "rich", "matplotlib"],
-    "test": ["pytest", "pytest-benchmark", "hypothesis"],
-    "lint": ["ruff"],
+    "test": ["pytest", "pytest-benchmark", "hypothesis", "markdown-it-py"],
+    "hf": ["transformers>=5.4"],
+    "lint": ["ruff", "mypy"],
+    "package": ["build"],
+    "docs": ["sphinx>=8", "myst-parser>=4", "furo"],
     # CUDA builds of torch bring along the one they are made for; others take it to interpret and compile kernels.
     "triton": ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"],
 }
-EXTRAS["all"] = sorted({name for extra in ("model", "bench", "test", "lint", "triton") for name in EXTRAS[extra]})
+EXTRAS["all"] = sorted({name for extra in EXTRAS.values() for name in extra})
 
 setup(
     name="torus-kernels",
@@ -96,7 +102,11 @@ setup(
     # First use compiles from these sources, so that an installed package has them too.
     packages=[*find_packages(include=["torus_kernels*", "torus_model*"]), "torus_kernels.csrc"],
     package_dir={"torus_kernels.csrc": "csrc"},
-    package_data={"torus_kernels.csrc": ["*.h", "*.cpp", "cpu/**/*.h", "cpu/**/*.cpp"]},
+    package_data={
+        "torus_kernels": ["py.typed"],
+        "torus_model": ["py.typed"],
+        "torus_kernels.csrc": ["*.h", "*.cpp", "cpu/**/*.h", "cpu/**/*.cpp"],
+    },
     ext_modules=[Extension("torus_kernels._cpu", sources=[])],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
     zip_safe=False,

@@ -3,6 +3,7 @@
 The operator is `torus_attention`; `TorusLattice` says who sees whom.
 """
 
+from . import nn
 from .api import (
     TorusStats,
     ema_compound,
@@ -29,6 +30,7 @@ __all__ = [
     "ema_compound",
     "ema_compound_multiscale",
     "lattice_rope",
+    "nn",
     "torus_attention",
     "torus_attention_decode",
     "torus_attention_with_stats",

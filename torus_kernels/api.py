@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,7 +105,9 @@ def torus_attention_with_stats(
 
 
 def _attention(
-    q, k, v, lattice, stream_weights, decay, scale, ema_state, ema_alpha, first_key, backend, *, with_stats
+    q: Tensor, k: Tensor, v: Tensor, lattice: TorusLattice, stream_weights: Tensor | None, decay: Tensor | None,
+    scale: float | None, ema_state: Tensor | None, ema_alpha: Tensor | None, first_key: Tensor | None,
+    backend: str | None, *, with_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = AUTO if backend is None else check_name(backend)
     for name, tokens in (("q", q), ("k", k), ("v", v)):
@@ -149,7 +151,7 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def _autocast_tokens(*tokens: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast_tokens(*tokens: Any) -> tuple[Any, ...]:
     """Tokens in the autocast dtype, where autocast is on; float64 is left alone, as by PyTorch's own operators."""
     dtype = _autocast_dtype(tokens[0].device.type)
     if dtype is None:
@@ -158,7 +160,7 @@ def _autocast_tokens(*tokens: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in castable else x for x in tokens)
 
 
-def _autocast_parameters(owner: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast_parameters(owner: Tensor, *parameters: Any) -> tuple[Any, ...]:
     """Parameters in float32 where autocast is on: a gate computed by a layer under autocast has its dtype."""
     if _autocast_dtype(owner.device.type) is None:
         return parameters
@@ -241,7 +243,9 @@ def lattice_rope(x: Tensor, lattice: TorusLattice, *, offset: int = 0) -> Tensor
     """Rotary positions on the torus: scores of turned q and k depend on displacement alone and wrap without a seam.
 
     The first D/2 channels turn with the major loop, the rest with the minor; within each half the pairs are
-    ``(i, i + D/4)``, and pair i turns with the integer harmonic ``1 + (i mod max(1, L // 2))`` of that loop.
+    ``(i, i + D/4)``, and pair i turns with the integer harmonic ``1 + (i mod max(1, L // 2))`` of that loop. The open
+    axis of a cylinder has no seam to hide: there a harmonic of 1 is half a turn from end to end, so that the two ends
+    do not look like neighbours.
 
     Args:
         x: ``[B, H, T, D]``, any dtype of `torus_attention`, D a multiple of 4.

@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -71,7 +72,7 @@ class Topology(enum.IntEnum):
     cylinder = 2
 
 
-def _integer(name: str, value: object) -> int:
+def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     try:
@@ -111,7 +112,10 @@ class TorusLattice:
         n_minor: sites along the minor loop (m), at least 2.
         topology: ``"periodic"`` (a field on the closed grid, sequence length exactly N = M*m), ``"causal"``
             (a sequence of any length wound on the torus, one winding per m tokens) or ``"cylinder"``
-            (closed along the minor loop, open along the major; sequence length exactly N).
+            (closed along the minor loop, open along the major, as longitude and latitude are; sequence length
+            exactly N). On a cylinder `major_forward` shows every row up to the query's own and `major_backward` every
+            row from it on, the spirals run from end to end, the cross flows' windows are clipped at both ends, and
+            distances along the major axis are ``pi * |u - u'| / M``.
         winding: minor steps that a spiral makes per major step (w), ``1 <= w < m``. In the periodic topology
             the strands must close: ``w*M % m == 0``.
         cross_radius: ``(narrow, broad)`` half-widths of the cross flows' windows, two integers >= 0 in any order.
@@ -128,8 +132,20 @@ class TorusLattice:
     topology: str = "periodic"
     winding: int = 1
     cross_radius: tuple[int, int] = (3, 7)
-    streams: frozenset[Stream] | Iterable[Stream | int | str] | None = None
+    streams: frozenset[Stream] = None  # type: ignore[assignment]  # all of them
     spec: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    if TYPE_CHECKING:  # what may be given is wider than what the fields then hold
+
+        def __init__(
+            self,
+            n_major: int,
+            n_minor: int,
+            topology: str = "periodic",
+            winding: int = 1,
+            cross_radius: tuple[int, int] | list[int] = (3, 7),
+            streams: Iterable[Stream | int | str] | None = None,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         def assign(name: str, value: object) -> None:

@@ -12,7 +12,7 @@ import importlib
 import os
 import warnings
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -60,7 +60,12 @@ def unavailable(name: str) -> str | None:
 
 def can_run(name: str, problem: Problem) -> str | None:
     """Why the backend cannot run this problem here, or None where it can."""
-    return unavailable(name) or load(name).can_run(problem)
+    return unavailable(name) or _module(name).can_run(problem)
+
+
+def _module(name: str) -> ModuleType:
+    """`load` of a backend that is not unavailable."""
+    return cast(ModuleType, load(name))
 
 
 def select(requested: str, problem: Problem) -> ModuleType:
@@ -77,13 +82,13 @@ def select(requested: str, problem: Problem) -> ModuleType:
     if requested != AUTO:
         if reason := can_run(requested, problem):
             raise BackendError(f"backend {requested!r} cannot run here: {reason}")
-        return load(requested)
-    refused = {}
+        return _module(requested)
+    refused: dict[str, str] = {}
     for name in _PREFERENCE.get(problem.device, ("reference",)):
         reason = can_run(name, problem)
         if reason is None:
             _warn_of_slow_choice(name, refused)
-            return load(name)
+            return _module(name)
         refused[name] = reason
     raise BackendError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
 

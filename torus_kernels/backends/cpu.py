@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,10 @@ def _packed(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _operands(stream_weights, decay, ema_state, ema_alpha, first_key, lattice: TorusLattice, scale: float) -> tuple:
+def _operands(
+    stream_weights: Tensor, decay: Tensor, ema_state: Tensor | None, ema_alpha: Tensor | None,
+    first_key: Tensor | None, lattice: TorusLattice, scale: float,
+) -> tuple[Any, ...]:
     if first_key is not None:
         first_key = first_key.to(torch.int64).contiguous()
     return (_packed(stream_weights), _packed(decay), _rows(ema_state), _packed(ema_alpha), first_key, lattice.spec,

@@ -98,7 +98,7 @@ def attention_forward(
                 lse[..., attention.stream.index] = stream_lse
             if entropy is not None:
                 entropy[..., attention.stream.index] = _entropy(attention, stream_lse)
-        if ema_state is not None:
+        if ema_state is not None and ema_alpha is not None:
             state = ema_state.to(y.dtype)
             y = state + _per_token(ema_alpha)[..., None] * (y - state)
         out.copy_(y)
@@ -153,7 +153,10 @@ def attention_backward(
         d_k.copy_(_ungroup_heads(scale * (d_scores.mT @ qf), kv_heads))
         d_v.copy_(_ungroup_heads(d_values, kv_heads))
         d_weights.copy_(token_d_weights.sum(dim=(0, 2)) if stream_weights.dim() == 2 else token_d_weights)
-        if ema_state is not None:
+        if (
+            ema_state is not None and ema_alpha is not None and d_state is not None and d_alpha is not None
+            and alpha is not None  # all or none
+        ):
             token_d_alpha = y_dot_d_out - (d_out * ema_state.to(d_out.dtype)).sum(dim=-1)
             d_alpha.copy_(token_d_alpha.sum(dim=(0, 2)) if ema_alpha.dim() == 1 else token_d_alpha)
             d_state.copy_((1 - alpha) * d_out)

@@ -28,7 +28,7 @@ def ema_compound(
         acc = parameter_dtype(x.dtype)
         state = state.to(acc)
         step = x.to(acc) - state
-        if beta is not None:
+        if beta is not None and velocity is not None and new_velocity is not None:  # all or none
             step = _gate(beta) * velocity + (1 - _gate(beta)) * step
             new_velocity.copy_(step)
         out.copy_(state + _gate(alpha) * step)
@@ -45,9 +45,11 @@ def ema_compound_backward(
         d_out = d_out.to(acc)
         gap = x.to(acc) - state.to(acc)
         d_step = _gate(alpha) * d_out
-        if beta is None:
-            step, d_gap = gap, d_step
-        else:
+        step, d_gap = gap, d_step
+        if (
+            beta is not None and velocity is not None and d_new_velocity is not None
+            and d_beta is not None and d_velocity is not None  # all or none
+        ):
             step = _gate(beta) * velocity + (1 - _gate(beta)) * gap
             d_step = d_step + d_new_velocity.to(acc)
             d_beta.copy_(_reduce_gate(d_step * (velocity - gap), beta))

@@ -40,7 +40,7 @@ def attention_decode(
             logits = scores - 0.5 * decay[:, stream.index, None, None] * rho_squared.to(qf.dtype)
             probs = logits.masked_fill(hidden | ~visible, float("-inf")).softmax(dim=-1)
             y = y + _stream_weight(stream_weights, stream) * (probs @ vf)
-        if ema_state is not None:
+        if ema_state is not None and ema_alpha is not None:
             state = ema_state.to(y.dtype)
             y = state + _per_token(ema_alpha)[..., None] * (y - state)
         out.copy_(y)
