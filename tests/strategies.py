@@ -27,9 +27,9 @@ def lattices(draw, topologies: tuple[str, ...] = TOPOLOGIES, max_side: int = 10)
 
 
 @st.composite
-def problems(draw, topologies: tuple[str, ...] = TOPOLOGIES) -> Problem:
+def problems(draw, topologies: tuple[str, ...] = TOPOLOGIES, max_side: int = 10) -> Problem:
     """Problems in float64 with every optional argument present or absent."""
-    lattice = draw(lattices(topologies))
+    lattice = draw(lattices(topologies, max_side))
     seq_len = draw(st.integers(1, 2 * lattice.num_sites + 5)) if lattice.is_causal else lattice.num_sites
     kv_heads, group = draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 2), (3, 1)]))
     batch = draw(st.integers(1, 2))

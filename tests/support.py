@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -212,6 +213,14 @@ def assert_within_budget(
             )
 
 
+def score_roundings(problem: Problem) -> float:
+    """``roundings`` of a problem: a score rounded in its last place changes the softmax weight by as much as the score
+    is large."""
+    q, k = problem.q.detach().double(), problem.k.detach().double()
+    scale = q.shape[-1] ** -0.5 if problem.scale is None else abs(problem.scale)
+    return _ROUNDINGS + scale * (q.unflatten(1, (k.shape[1], -1)) @ k.mT[:, :, None]).abs().max().item()
+
+
 def check_precision(
     backend: Backend, problem: Problem, dtype: torch.dtype, expected: dict[str, Tensor] | None = None
 ) -> None:
@@ -222,14 +231,12 @@ def check_precision(
     problem = problem.to(dtype, backend.device)
     expected = truth(problem) if expected is None else expected
     scale = problem.q.shape[-1] ** -0.5 if problem.scale is None else abs(problem.scale)
-    # A score rounded in its last place changes the softmax weight by as much as the score is large.
-    q, k = problem.q.detach().double(), problem.k.detach().double()
-    scores = scale * (q.unflatten(1, (k.shape[1], -1)) @ k.mT[:, :, None])
-    roundings = _ROUNDINGS + scores.abs().max().item()
     # dq = scale dS k, and dS = P (dP - delta) is a difference of numbers as large as the other results.
-    gain = {f"d_{name}": max(1.0, scale * x.abs().max().item()) for name, x in (("q", k), ("k", q))}
+    gain = {f"d_{name}": max(1.0, scale * x.detach().abs().max().item())
+            for name, x in (("q", problem.k), ("k", problem.q))}
+    gain["d_decay"] = math.pi**2 / 2  # a sum of rho^2 / 2 dS
     plain = evaluate(dense.attention, problem)
-    assert_within_budget(evaluate(backend.attention, problem), expected, plain, roundings, gain)
+    assert_within_budget(evaluate(backend.attention, problem), expected, plain, score_roundings(problem), gain)
 
 
 def assert_same_up_to_rounding(actual: Tensor, expected: Tensor, what: str = "result", ulps: int = 256) -> None:

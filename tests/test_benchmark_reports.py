@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from benchmarking import make_report, printed
 
-from benchmarks import plots
+from benchmarks import field_report, plots
 from benchmarks.candidates import OPERATOR
+from benchmarks.field_report import FieldReport
 from benchmarks.report import KINDS, Report, ReportError
 from benchmarks.tables import markdown_report, markdown_roofline, markdown_table, roofline_grid, timing_tables
 
@@ -87,8 +88,12 @@ def test_committed_results_are_complete(path):
 
 def test_the_readme_shows_the_table_of_a_committed_result():
     readme = ROOT / "README.md"
-    named = re.findall(r"benchmarks/results/(cpu-[\w.-]+?\.json)", readme.read_text()) if readme.exists() else []
+    text = readme.read_text() if readme.exists() else ""
+    named = re.findall(r"benchmarks/results/((?:cpu|field)-[\d-]+?\.json)", text)
     if not named:
         pytest.skip("the README names no result")
     for name in set(named):
-        assert markdown_table(Report.load(ROOT / "benchmarks" / "results" / name)) in readme.read_text()
+        path = ROOT / "benchmarks" / "results" / name
+        table = field_report.grid(FieldReport.load(path)).markdown() if name.startswith("field") else markdown_table(
+            Report.load(path))
+        assert table in text

@@ -105,7 +105,7 @@ def checkout(tmp_path, monkeypatch) -> Checkout:
     checkout = Checkout(tmp_path)
     monkeypatch.setenv("CXX", str(checkout.compiler))
     monkeypatch.setenv("TORUS_CACHE_DIR", str(checkout.cache))
-    for name in ("MAX_JOBS", "TORUS_SKIP_BUILD"):
+    for name in ("MAX_JOBS", "TORUS_SKIP_BUILD", "TORUS_CPU_CXXFLAGS"):
         monkeypatch.delenv(name, raising=False)
     return checkout
 
@@ -250,6 +250,23 @@ def test_unwritable_cache_is_named(checkout, monkeypatch):
     driver = checkout.driver()
     with pytest.raises(driver.BuildError, match=r"cannot build in .*file"):
         driver.ensure_extension()
+
+
+@needs_compiler
+def test_extra_flags_come_last_and_are_part_of_the_key(checkout, monkeypatch):
+    plain = checkout.driver().ensure_extension()
+    checkout.record.unlink()
+    monkeypatch.setenv("TORUS_CPU_CXXFLAGS", "-O1 -DEXTRA='two words'")
+    assert checkout.driver().ensure_extension() != plain
+    calls = [line for line in checkout.record.read_text().splitlines() if " -o " in line]
+    assert len(calls) == len(EVERYTHING) + 1  # and the link
+    for call in calls:
+        if "stamp.cpp" not in call:
+            assert call.find("-O1 -DEXTRA=two words") > call.find("-O3")
+    monkeypatch.delenv("TORUS_CPU_CXXFLAGS")
+    checkout.record.unlink()
+    assert checkout.driver().ensure_extension() == plain
+    assert not checkout.compiled()
 
 
 def test_jobs_follow_cores_and_memory(monkeypatch):

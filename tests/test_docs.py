@@ -29,6 +29,8 @@ RUN_ELSEWHERE = ("./run setup", "./run test", "./run demo", ".venv/bin/ruff chec
 TINY = {
     "train": "--width 32 --layers 2 --heads 2 --n-major 8 --n-minor 8 --seq-len 64 --batch-size 2 --max-bytes 100000 "
              "--validations 1 --validation-windows 2",
+    "tokenizer train": "--vocab-size 270",
+    "evaluate": "--windows 2",
     "generate": "--bytes 8",
     "field generate": "--trajectories 6 --resolution 16 --solve-resolution 16 --frames 5",
     "field train": "--epochs 1 --width 32 --layers 2 --heads 2 --history 2 --batch-size 4",
@@ -46,7 +48,7 @@ def tiny(command: str) -> list[str]:
     """A command of ``torus_model`` with tiny settings, its seconds and steps cut to a hundredth."""
     interpreter, *arguments = shlex.split(command)
     assert (interpreter, arguments[:2]) == (".venv/bin/python", ["-m", "torus_model"]), f"no test runs {command!r}"
-    subcommand = " ".join(arguments[2 : 4 if arguments[2] == "field" else 3])
+    subcommand = " ".join(arguments[2 : 4 if arguments[2] in ("field", "tokenizer") else 3])
     for flag in {"--seconds", "--steps"} & set(arguments):
         value = arguments.index(flag) + 1
         arguments[value] = str(max(1, int(arguments[value]) // 100))

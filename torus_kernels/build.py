@@ -10,6 +10,7 @@ is one. The library carries a hash of the sources and flags it came from, so tha
 Environment variables:
     CXX: the compiler, flags allowed (default: the first of c++, g++ and clang++).
     MAX_JOBS: compilers at once (default: from the cores and the memory that is free).
+    TORUS_CPU_CXXFLAGS: flags after all others, for every object and the link (sanitizers, another -O).
     TORUS_CACHE_DIR: where first use keeps what it builds (default: torus_kernels in ~/.cache).
     TORUS_SKIP_BUILD: when set, never compile; a library that is already built is still used.
 """
@@ -37,7 +38,7 @@ from typing import NamedTuple
 try:
     import fcntl
 except ImportError:  # not a POSIX system
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 PACKAGE = Path(__file__).resolve().parent
 LIBRARY = "_cpu.so"
@@ -171,9 +172,14 @@ def _available_memory() -> int | None:
     return min(limits, default=None)
 
 
+def extra_flags() -> tuple[str, ...]:
+    """What ``$TORUS_CPU_CXXFLAGS`` adds to every call of the compiler."""
+    return tuple(shlex.split(os.environ.get("TORUS_CPU_CXXFLAGS", "")))
+
+
 def source_hash(csrc: Path) -> str:
     """Identifies what the library is built from: the sources, the flags and the architecture."""
-    digest = hashlib.sha256(repr((_COMMON_FLAGS, UNITS, sys.platform, platform.machine())).encode())
+    digest = hashlib.sha256(repr((_COMMON_FLAGS + extra_flags(), UNITS, sys.platform, platform.machine())).encode())
     files = [*csrc.glob("*.*"), *(csrc / "cpu").rglob("*.*")]
     for path in sorted(path for path in files if path.suffix in _SOURCE_SUFFIXES):
         content = path.read_bytes()
@@ -343,6 +349,12 @@ class _Step(NamedTuple):
     output: Path
 
 
+def unit_flags(unit: Unit, csrc: Path) -> list[str]:
+    """What the compiler is told of one object, but for PyTorch's headers and `extra_flags`."""
+    isa = [f"-DTORUS_ISA={unit.isa}"] if unit.isa else []
+    return [*_COMMON_FLAGS, *unit.flags, f"-I{csrc}", *isa]
+
+
 def _compile(build_dir: Path, csrc: Path, torch_root: Path, compiler: Compiler, digest: str) -> Path:
     """Compiles and links inside ``build_dir``; returns the linked library."""
     stamp = build_dir / "stamp.cpp"
@@ -353,12 +365,8 @@ def _compile(build_dir: Path, csrc: Path, torch_root: Path, compiler: Compiler, 
     compiles = [_Step([*compiler.command, "-fPIC", "-c", str(stamp)], [stamp], build_dir / "stamp.o")]
     for unit in UNITS:
         source = csrc / unit.source
-        flags = [*_COMMON_FLAGS, *unit.flags, f"-I{csrc}"]
-        if unit.isa:
-            flags.append(f"-DTORUS_ISA={unit.isa}")
-        if unit.needs_torch:
-            flags += ["-isystem", str(torch_root / "include")]
-        command = [*compiler.command, *flags, "-c", str(source)]
+        torch_flags = ["-isystem", str(torch_root / "include")] if unit.needs_torch else []
+        command = [*compiler.command, *unit_flags(unit, csrc), *torch_flags, *extra_flags(), "-c", str(source)]
         compiles.append(_Step(command, [source], build_dir / f"{unit.name}.o"))
     objects = [step.output for step in compiles]
     # torch is loaded before this library, so that its own libraries are found by name, without an rpath.
@@ -366,7 +374,8 @@ def _compile(build_dir: Path, csrc: Path, torch_root: Path, compiler: Compiler, 
         torch_flags = ["-undefined", "dynamic_lookup"]
     else:
         torch_flags = [f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--no-undefined"]
-    link = _Step([*compiler.command, "-shared", *map(str, objects), *torch_flags], objects, build_dir / LIBRARY)
+    command = [*compiler.command, "-shared", *map(str, objects), *torch_flags, *extra_flags()]
+    link = _Step(command, objects, build_dir / LIBRARY)
 
     ninja = find_ninja()
     if ninja:

@@ -20,6 +20,7 @@
 #endif
 
 #include "kernels.h"
+#include "sanitize.h"
 
 namespace torus {
 namespace {
@@ -123,7 +124,9 @@ class Workspace {
     const std::vector<int64_t> size = {bytes + alignment};
     buffers_.push_back(torch::stable::empty(size, ScalarType::Byte));
     const auto address = reinterpret_cast<uintptr_t>(buffers_.back().data_ptr());
-    return reinterpret_cast<void*>((address + alignment - 1) / alignment * alignment);
+    void* const aligned = reinterpret_cast<void*>((address + alignment - 1) / alignment * alignment);
+    fence(aligned, bytes, static_cast<int64_t>(address) + size[0] - reinterpret_cast<int64_t>(aligned));
+    return aligned;
   }
   std::vector<Tensor> buffers_;
 };

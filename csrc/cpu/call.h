@@ -61,7 +61,11 @@ struct Call {
   }
   void reserve_table(int stream, int64_t count) {
     table_offset[stream] = table_count;
-    table_count += round_up(count, 64 / static_cast<int64_t>(sizeof(T)));
+    table_count += table_room(count);
+  }
+  static int64_t table_room(int64_t count) {
+    constexpr int64_t size = sizeof(T);
+    return round_up(count, 64 / size) + kRedZone / size;
   }
   int64_t tokens() const { return in.seq_len * padded_dim; }
 
@@ -116,15 +120,17 @@ struct Call {
   }
 
   void fill_tables(const Head<P>& head) const {
-    for (int f = 0; f < kNumFamilies; ++f)
-      for (int s = 0; s < lines[f].active.count; ++s) {
-        const int stream = lines[f].active.index[s];
-        fill_bias(lines[f], s, head.decay[stream], const_cast<T*>(head.bias[stream]));
+    const auto fill = [&](const auto& plan) {
+      for (int s = 0; s < plan.active.count; ++s) {
+        const int stream = plan.active.index[s];
+        T* const table = const_cast<T*>(head.bias[stream]);
+        constexpr int64_t size = sizeof(T);
+        fence(table, plan.table_size * size, table_room(plan.table_size) * size);
+        fill_bias(plan, s, head.decay[stream], table);
       }
-    for (int s = 0; s < cross.active.count; ++s) {
-      const int stream = cross.active.index[s];
-      fill_bias(cross, s, head.decay[stream], const_cast<T*>(head.bias[stream]));
-    }
+    };
+    for (const LinePlan<T>& plan : lines) fill(plan);
+    fill(cross);
   }
 
   // Of one thread: a family's scratch, and before it the rows of whatever takes over what the family hands on.

@@ -71,7 +71,9 @@ TORUS_INLINE void tile(const Product<T>& p, const T* a, T* c) {
     for (int v = 0; v < VECS; ++v) line[v] = load<LANES>(b + v * LANES);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
-      const V x = splat<V>((r % 2 ? odd : even)[offset[r / 2]]);
+      // Named, because GCC 12 under UBSan evaluates the subscript of (r % 2 ? odd : even)[..] for one of the two only.
+      const T* const row = r % 2 ? odd : even;
+      const V x = splat<V>(row[offset[r / 2]]);
 #pragma GCC unroll 4
       for (int v = 0; v < VECS; ++v) acc[chain][r][v] += x * line[v];
     }

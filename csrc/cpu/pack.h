@@ -7,6 +7,7 @@
 #endif
 
 #include "kernels.h"
+#include "sanitize.h"
 #include "vec.h"
 
 namespace torus::TORUS_ISA {
@@ -242,7 +243,9 @@ struct Arena {
   template <class T>
   TORUS_INLINE T* take(int64_t count) {
     T* p = reinterpret_cast<T*>(base + static_cast<uintptr_t>(used));
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T)), room = round_up(bytes, 64) + kRedZone;
+    if (base != 0) fence(p, bytes, room);
+    used += room;
     return p;
   }
 };

@@ -37,6 +37,15 @@ TORUS_INLINE void fill_turns(const RopeAxis& axis, int64_t position, bool invers
 }
 
 template <class T>
+struct RopeScratch {
+  T *row, *cos, *sin;  // [D], and [D / 2] twice: both halves of a row have D / 4 pairs
+  RopeScratch(int64_t head_dim, Arena& arena) {
+    row = arena.take<T>(head_dim);
+    for (T** turns : {&cos, &sin}) *turns = arena.take<T>(head_dim / 2);
+  }
+};
+
+template <class T>
 void rope(const Rope& p, const Runtime& runtime) {
   const Lattice& lattice = p.lattice;
   const int64_t pairs = p.head_dim / 4, m = lattice.n_minor;
@@ -47,14 +56,15 @@ void rope(const Rope& p, const Runtime& runtime) {
                                                           : lattice.n_major,
                           max_of(1, lattice.n_major / 2)};
   const RopeAxis minor = {m, max_of(1, m / 2)};
-  const int64_t bytes = 2 * round_up(p.head_dim, 64) * static_cast<int64_t>(sizeof(T));
+  Arena measured;
+  RopeScratch<T>(p.head_dim, measured);
+  const int64_t bytes = measured.used;
   const uintptr_t scratch =
       reinterpret_cast<uintptr_t>(runtime.allocate(runtime.num_threads * bytes, runtime.owner));
   // All heads of a token turn alike, so the angles are found once.
   Team{runtime, scratch, bytes}.run(p.seq_len, [&](int64_t t, Arena arena) {
-    T* const row = arena.take<T>(round_up(p.head_dim, 64));
-    T* const cos = arena.take<T>(2 * pairs);
-    T* const sin = arena.take<T>(2 * pairs);
+    const RopeScratch<T> w(p.head_dim, arena);
+    T *const row = w.row, *const cos = w.cos, *const sin = w.sin;
     const int64_t at = p.offset % (causal ? lattice.num_sites() : 1) + t;
     fill_turns(major, causal ? at % lattice.num_sites() : t / m, p.inverse, pairs, cos, sin);
     fill_turns(minor, causal ? at % m : t % m, p.inverse, pairs, cos + pairs, sin + pairs);

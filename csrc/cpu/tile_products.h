@@ -8,6 +8,18 @@
 
 #include "products.h"
 
+// Tile instructions are inline assembly, which no sanitizer looks into.
+#define TORUS_TILE_LOAD(tile, rows, stride) \
+  do {                                      \
+    touch_tile(rows, stride, false);        \
+    _tile_loadd(tile, rows, stride);        \
+  } while (0)
+#define TORUS_TILE_STORE(tile, rows, stride) \
+  do {                                       \
+    touch_tile(rows, stride, true);          \
+    _tile_stored(tile, rows, stride);        \
+  } while (0)
+
 namespace torus::TORUS_ISA {
 
 constexpr int64_t kTile = 16;  // rows of a tile, and 32-bit units in one of its rows
@@ -134,10 +146,10 @@ struct TileProducts {
         float* const c0 = c + i * ldc + j;
         float* const c1 = c0 + kTile * ldc;
         if (accumulate) {
-          _tile_loadd(0, c0, c_bytes);
-          _tile_loadd(1, c0 + kTile, c_bytes);
-          _tile_loadd(2, c1, c_bytes);
-          _tile_loadd(3, c1 + kTile, c_bytes);
+          TORUS_TILE_LOAD(0, c0, c_bytes);
+          TORUS_TILE_LOAD(1, c0 + kTile, c_bytes);
+          TORUS_TILE_LOAD(2, c1, c_bytes);
+          TORUS_TILE_LOAD(3, c1 + kTile, c_bytes);
         } else {
           _tile_zero(0);
           _tile_zero(1);
@@ -148,10 +160,10 @@ struct TileProducts {
           const BFloat16* upper = a.data + term * a_term + i * a.stride;
           const Unit* b = right(term) + j;
           for (int64_t k = 0; k < depth; k += 2 * kTile) {
-            _tile_loadd(4, upper, a_bytes);
-            _tile_loadd(6, b, b_bytes);
-            _tile_loadd(7, b + kTile, b_bytes);
-            _tile_loadd(5, upper + kTile * a.stride, a_bytes);
+            TORUS_TILE_LOAD(4, upper, a_bytes);
+            TORUS_TILE_LOAD(6, b, b_bytes);
+            TORUS_TILE_LOAD(7, b + kTile, b_bytes);
+            TORUS_TILE_LOAD(5, upper + kTile * a.stride, a_bytes);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(2, 5, 6);
@@ -160,10 +172,10 @@ struct TileProducts {
             b += kTile * ldb;
           }
         }
-        _tile_stored(0, c0, c_bytes);
-        _tile_stored(1, c0 + kTile, c_bytes);
-        _tile_stored(2, c1, c_bytes);
-        _tile_stored(3, c1 + kTile, c_bytes);
+        TORUS_TILE_STORE(0, c0, c_bytes);
+        TORUS_TILE_STORE(1, c0 + kTile, c_bytes);
+        TORUS_TILE_STORE(2, c1, c_bytes);
+        TORUS_TILE_STORE(3, c1 + kTile, c_bytes);
       }
   }
   static void multiply(int64_t rows, int64_t cols, int64_t depth, const Left& a, const Unit* b, int64_t ldb, float* c,
