@@ -28,6 +28,7 @@ from torus_model.field import (
     save_data,
     train,
 )
+from torus_model.field.commands.options import check_device
 from torus_model.field.generation import NavierStokesTask, generate
 from torus_model.field.random_field import AMPLITUDES
 from torus_model.field.run import FieldRun, fingerprint
@@ -38,9 +39,6 @@ from .field_report import LABELS, FieldReport, Trained, grid
 from .progress import Say, steps
 from .report import ReportError
 from .timing import Timing, time_side_by_side
-
-HISTORY = 10
-"""Frames given and frames predicted, as in the literature."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Settings:
     train: int = 100
     test: int = 20
     model: FieldConfig = FieldConfig(width=64, cross_radius=(1, 3), static_channels=1)  # noqa: RUF009 (frozen)
-    training: FieldTrainConfig = FieldTrainConfig(epochs=10, learning_rate=2e-3)  # noqa: RUF009 (frozen)
+    training: FieldTrainConfig = FieldTrainConfig(epochs=10, learning_rate=2e-3, checkpoint_epochs=10)  # noqa: RUF009 (frozen)
     seeds: tuple[int, ...] = (0, 1)
     networks: tuple[str, ...] = tuple(LABELS)
 
@@ -71,7 +69,7 @@ FULL = Settings(
     task=NavierStokesTask(trajectories=1200, solve_resolution=256, initial="generator"),
     train=1000, test=200,
     model=FieldConfig(width=192, layers=6, heads=6, patch=2, cross_radius=(3, 7), window=8, static_channels=1),
-    training=FieldTrainConfig(epochs=50, augment=True),
+    training=FieldTrainConfig(epochs=50, augment=True, device="cuda", checkpoint_epochs=5),
     seeds=(0,),
 )
 """The task of the literature, for a GPU."""
@@ -109,7 +107,8 @@ def add_parser(commands) -> None:
                              "public data, or the paper's, with which the flow stays close to the forcing "
                              f"(default: {CPU.task.initial})")
     parser.add_argument("--viscosity", type=float, help=f"of the data to make (default: {CPU.task.viscosity})")
-    parser.add_argument("--device", default="cpu", help="where to train (default: %(default)s)")
+    parser.add_argument("--device",
+                        help=f"where to train (default: {CPU.training.device}, full {FULL.training.device})")
     arguments.add_seconds(parser, 60.0)
     arguments.add_output(parser, "field")
     parser.set_defaults(run=_run)
@@ -120,9 +119,14 @@ def settings_of(given: argparse.Namespace) -> Settings:
     base = FULL if given.full else CPU
     train_count, test_count = given.train or base.train, given.test or base.test
     asked = {name: value for name in ("viscosity", "initial") if (value := getattr(given, name)) is not None}
+    if asked and given.data:
+        raise ValueError(f"--{' and --'.join(asked)} are for data that is to be made, but --data names some")
+    if given.forcing and not given.data:
+        raise ValueError("--forcing is for the file of --data, but there is none")
     task = dataclasses.replace(base.task, trajectories=train_count + test_count, **asked)
     training = dataclasses.replace(
-        base.training, epochs=given.epochs or base.training.epochs, device=given.device,
+        base.training, epochs=given.epochs or base.training.epochs,
+        device=check_device(given.device or base.training.device),
         augment=base.training.augment if given.augment is None else given.augment,
         train_trajectories=train_count, test_trajectories=test_count,
     )
@@ -139,7 +143,11 @@ def _run(given: argparse.Namespace, console: Console) -> None:
         raise ReportError(str(error)) from error
     environment.restart_with_warm_memory()
     data = load_data(given.data, given.forcing) if given.data else _make_data(settings, given.runs, console)
-    run(settings, data, given.runs, seconds=given.seconds, output=given.output, console=console)
+    try:
+        comparison = Comparison(settings, data, given.runs)
+    except (TypeError, ValueError) as error:
+        raise ReportError(str(error)) from error
+    run(comparison, seconds=given.seconds, output=given.output, console=console)
 
 
 def _make_data(settings: Settings, runs: Path, console: Console) -> FieldData:
@@ -190,11 +198,11 @@ class Comparison:
         self.settings, self.data, self.runs = settings, data, runs
         self.training = dataclasses.replace(
             settings.training, train_trajectories=settings.train, test_trajectories=settings.test,
-            checkpoint_epochs=settings.training.epochs,
         )
         base = dataclasses.replace(
             settings.model, grid=data.grid, channels=data.frames.shape[2],
             static_channels=0 if data.static is None else data.static.shape[1],
+            topology=data.parameters.get("topology", settings.model.topology),
         )
         self.models = {name: equal_parameters(base, name) for name in settings.networks}
         self.test = data.select(slice(len(data) - settings.test, None))
@@ -213,31 +221,27 @@ class Comparison:
         return FieldRun(dataclasses.replace(self.training, seed=seed), self.models[network], self.data)
 
     def _training_steps(self, network: str) -> Iterator[float]:
-        """Makes a training step whenever its loss is asked for."""
-        run = self._field_run(network, seed=0)
+        """Makes a training step whenever its loss is asked for, without an end."""
+        endless = dataclasses.replace(self.training, epochs=10**6, seed=0)
+        run = FieldRun(endless, self.models[network], self.data)
         while True:
             yield from run.epoch()
 
     def time_steps(self, seconds: float, say: Say) -> dict[str, Timing]:
         """Times a training step of every network, all of them in the same rounds."""
         candidates = {network: functools.partial(next, self._training_steps(network)) for network in self.models}
-        # Fewer rounds than an epoch has steps, so that no run ends in a partial batch or its budget.
-        rounds = min(50, self.report.steps_per_epoch - 5)
-        self.report.steps = time_side_by_side(
-            candidates, seconds=seconds, min_rounds=min(5, rounds), max_rounds=rounds,
-            on_round=lambda done: say(f"round {done}"),
-        )
+        self.report.steps = time_side_by_side(candidates, seconds=seconds, on_round=lambda done: say(f"round {done}"))
         return self.report.steps
 
     def train(self, network: str, seed: int, say: Say) -> Trained:
         """Trains and evaluates one network."""
         folder = self.runs / f"{network}-{seed}"
         config = dataclasses.replace(self.training, seed=seed)
-        losses = self._finished_losses(folder, network, config)
-        if losses is None:
+        losses = self._losses_of(folder, network, config)
+        if losses is None or len(losses) < (config.epochs or 0) * self.report.steps_per_epoch:
             say("training")
             result: FieldTrainingResult = train(
-                config, self.models[network], self.data, folder, progress=False,
+                config, self.models[network], self.data, folder, resume=losses is not None, progress=False,
                 on_epoch=lambda epoch: say(f"epoch {epoch.epoch:g} of {config.epochs}"),
             )
             losses = result.history.losses
@@ -253,8 +257,8 @@ class Comparison:
         self.report.trained.append(trained)
         return trained
 
-    def _finished_losses(self, folder: Path, network: str, config: FieldTrainConfig) -> list[float] | None:
-        """The losses of the same run, where ``folder`` holds it complete."""
+    def _losses_of(self, folder: Path, network: str, config: FieldTrainConfig) -> list[float] | None:
+        """The losses of the same run, complete or not, where ``folder`` holds it."""
         try:
             _, metadata = checkpoint.load(folder, prefix="none")
             same = (
@@ -265,21 +269,17 @@ class Comparison:
             losses = metadata["history"]["losses"]
         except (CheckpointError, KeyError, TypeError, ValueError):
             return None
-        return losses if same and len(losses) == config.epochs * self.report.steps_per_epoch else None
+        return losses if same else None
 
 
-def run(
-    settings: Settings, data: FieldData, runs: Path, *, seconds: float, output: Path, console: Console
-) -> FieldReport:
+def run(comparison: Comparison, *, seconds: float, output: Path, console: Console) -> FieldReport:
     """Times, trains and evaluates every network, prints the table and writes ``output`` and plots beside it.
 
     Raises:
-        FieldDataError: the data does not fit the settings.
         TrainingError: a loss is no longer finite.
         OSError: a file cannot be written.
     """
-    comparison = Comparison(settings, data, runs)
-    report = comparison.report
+    settings, report = comparison.settings, comparison.report
     console.print(environment.describe(report.machine), highlight=False)
     with steps(console, 1 + len(settings.networks) * len(settings.seeds)) as start:
         comparison.time_steps(seconds, start("Timing training steps"))

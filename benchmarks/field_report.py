@@ -15,7 +15,7 @@ from .report import ReportError
 from .tables import Grid
 from .timing import Spread, Timing
 
-KIND, FORMAT = "field", 1
+KIND, FORMAT = "field", 2
 
 OURS = "torus"
 
@@ -160,15 +160,16 @@ def grid(report: FieldReport) -> Grid:
         rows.append([
             LABELS[network], f"{report.runs(network)[0].parameters:,}", column("one_step", _error),
             column("rollout", _error), column("seam_one_step", _ratio), column("seam_rollout", _ratio),
-            column("equivariance_patches", _small), seconds,
+            column("equivariance_patches", _small), column("equivariance_points", _small), seconds,
         ])
     rows.append([
         "no change (last frame)", "0", *(_error(report.trained[0].scores[f"persistence_{name}"])
-                                         for name in ("one_step", "rollout")), "", "", "0", "",
+                                         for name in ("one_step", "rollout")), "", "", "0", "0", "",
     ])
     return Grid("Periodic fields", (
         "network", "parameters", "relative L2, one step", "relative L2, rollout", "seam / elsewhere, one step",
-        "seam / elsewhere, end of rollout", "equivariance error", "epoch",
+        "seam / elsewhere, end of rollout", "equivariance error, rolls by patches", "by other numbers of points",
+        "epoch",
     ), rows, left=1)
 
 
@@ -176,16 +177,28 @@ def describe(report: FieldReport) -> str:
     """What the table cannot say."""
     data, task, training = report.data, report.task, report.training
     seeds = sorted({trained.seed for trained in report.trained})
+    ours = report.runs(OURS) or report.trained
+    deviation = statistics.fmean(trained.scores["seam_one_step_deviation"] or 0.0 for trained in ours)
     return (
         f"2D Navier-Stokes, viscosity {data.get('viscosity', 'unknown')}, initial amplitude of the "
         f"{data.get('initial', 'data given')}, {task['train']} trajectories to train and "
         f"{task['test']} to test on, {task['grid'][0]}x{task['grid'][1]} points, patches of {task['patch']}x"
         f"{task['patch']}; {task['history']} frames in, {task['horizon']} out. {training['epochs']} epochs of "
         f"{report.steps_per_epoch} steps, AdamW, the same settings for all; "
-        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}: means, in parentheses smallest and largest. Epoch: median step "
-        f"in rounds that run every network once, times the steps. {environment.describe(report.machine)}."
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}: means, in parentheses smallest and largest. Chance changes a seam "
+        f"ratio by {deviation:.2f} (standard deviation over all places where the grid could have been cut). Periodic "
+        "windows commute with rolls by whole windows, the U-Net with rolls by 8 points, the Fourier operator with all. "
+        f"{_sizes(report)}Epoch: median step in rounds that run every network once, times the steps. "
+        f"{environment.describe(report.machine)}."
         + (_published() if data.get("viscosity") == 1e-5 else "")
     )
+
+
+def _sizes(report: FieldReport) -> str:
+    if "fourier" not in report.networks:
+        return ""
+    fourier = report.models["fourier"]
+    return f"Fourier operator: {fourier['ff_width']} channels, {fourier['modes']} modes. "
 
 
 def _published() -> str:

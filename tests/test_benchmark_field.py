@@ -1,7 +1,6 @@
 """The comparison on periodic fields: its bookkeeping, its table and its command, in a tiny setting."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from benchmarks.field import Comparison, Settings, edge_profile, settings_of
 from benchmarks.field_report import LABELS, PUBLISHED, FieldReport
 from benchmarks.report import ReportError
 from benchmarks.show import markdown_of
-from torus_model.field import NETWORKS, FieldConfig, FieldData, FieldTrainConfig
+from torus_model.field import NETWORKS, FieldConfig, FieldData, FieldTrainConfig, save_data
 
 TINY = Settings(
     train=3, test=2,
@@ -26,13 +25,15 @@ def waves(trajectories=5, frames=12, side=16):
     x = torch.arange(side) / side * 2 * torch.pi
     phase = torch.arange(trajectories)[:, None, None, None] * 0.7
     time = torch.arange(frames)[None, :, None, None] * 0.4
-    return FieldData((x[:, None] + 2 * x + phase - time).sin().float()[:, :, None].contiguous())
+    frames = (x[:, None] + 2 * x + phase - time).sin().float()[:, :, None].contiguous()
+    return FieldData(frames, frames[:1, 0], parameters={"viscosity": 1e-5})
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("field")
-    field.run(TINY, waves(), folder / "runs", seconds=0.0, output=folder / "field.json", console=Console(quiet=True))
+    comparison = Comparison(TINY, waves(), folder / "runs")
+    field.run(comparison, seconds=0.0, output=folder / "field.json", console=Console(quiet=True))
     return folder / "field.json"
 
 
@@ -96,14 +97,58 @@ def test_each_network_is_timed_by_its_own_steps(tmp_path, monkeypatch):
     assert len({made.count(model) for model in models}) == 1
 
 
+def test_a_comparison_shorter_than_its_timing_ends(tmp_path):
+    tiny = dataclasses.replace(TINY, train=1, test=1, training=dataclasses.replace(TINY.training, epochs=1))
+    steps = Comparison(tiny, waves(), tmp_path).time_steps(0.0, lambda _: None)
+    assert all(len(timing.seconds) == 5 for timing in steps.values())
+
+
+def test_an_interrupted_run_is_continued(tmp_path, monkeypatch):
+    training = dataclasses.replace(TINY.training, checkpoint_epochs=1)
+    settings = dataclasses.replace(TINY, training=training, seeds=(0,), networks=("torus",))
+    whole = Comparison(settings, waves(), tmp_path / "whole").train("torus", 0, lambda _: None)
+    epochs = []
+
+    def interrupt(epoch):
+        epochs.append(epoch)
+        if epoch.startswith("epoch 1 "):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Comparison(settings, waves(), tmp_path / "cut").train("torus", 0, interrupt)
+    later = []
+    assert Comparison(settings, waves(), tmp_path / "cut").train("torus", 0, later.append) == whole
+    assert not any(line.startswith("epoch 0 ") for line in later)
+
+
+def test_the_topology_is_that_of_the_data(tmp_path):
+    data = dataclasses.replace(waves(), parameters={"topology": "cylinder"})
+    assert Comparison(TINY, data, tmp_path).models["torus"].topology == "cylinder"
+
+
 def test_table(report, output):
     head, _, ours, windows, unchanged, *_ = markdown_of(output).splitlines()
     assert head.startswith("| network | parameters | relative L2, one step |")
     assert ours.startswith(f"| {LABELS['torus']} | {report.trained[0].parameters:,} | ")
     assert "s (" in windows.rpartition("|")[0].rpartition("|")[2]
     assert unchanged.startswith("| no change (last frame) | 0 | ")
-    low, high = sorted(report.scores("windows", "rollout"))
-    assert f"{(low + high) / 2:.3f} ({low:.3f}-{high:.3f})" in windows
+    cells = [cell.strip() for cell in windows.strip("|").split("|")]
+    for cell, name in zip(cells[2:6], ("one_step", "rollout", "seam_one_step", "seam_rollout"), strict=True):
+        low, high = sorted(report.scores("windows", name))
+        digits = 2 if name.startswith("seam") else 3
+        assert cell == f"{(low + high) / 2:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+    by_patches, by_points = (report.scores("torus", f"equivariance_{kind}") for kind in ("patches", "points"))
+    assert max(by_patches) < 1e-4 < min(by_points)
+    cells = [cell.strip() for cell in ours.strip("|").split("|")]
+    assert "e-" in cells[6] and cells[7].startswith(f"{sum(by_points) / 2:.2f}")
+
+
+def test_the_note_says_what_is_compared(report):
+    note = field_report.describe(report)
+    assert "2 seeds" in note and "Fourier operator:" not in note
+    assert all(f"{name} {value:.4f}" in note for name, value in PUBLISHED.items())
+    other = dataclasses.replace(report, data={"viscosity": 1e-3})
+    assert "FNO" not in field_report.describe(other)
 
 
 def test_plots_are_written(output):
@@ -125,13 +170,13 @@ def parsed(*options):
     return settings_of(given)
 
 
-def test_options():
+def test_options(monkeypatch):
     assert parsed() == dataclasses.replace(
         field.CPU, training=dataclasses.replace(
             field.CPU.training, train_trajectories=field.CPU.train, test_trajectories=field.CPU.test,
         ),
     )
-    full = parsed("--full")
+    full = parsed("--full", "--device", "cpu")
     assert (full.train, full.test, full.task.solve_resolution) == (1000, 200, 256) and full.training.augment
     assert parsed("--epochs", "3").training.epochs == 3
     assert parsed("--train", "7", "--test", "2").task.trajectories == 9
@@ -141,7 +186,9 @@ def test_options():
     assert parsed("--viscosity", "1e-3").task.viscosity == 1e-3
     assert parsed("--initial", "paper").task.initial == "paper" != parsed().task.initial
     assert parsed("--augment").training.augment and not parsed().training.augment
-    assert parsed("--device", "cuda").training.device == "cuda"
+    monkeypatch.setattr(field, "check_device", lambda name: name)
+    assert parsed("--device", "cuda").training.device == parsed("--full").training.device == "cuda"
+    assert parsed().training.device == "cpu"
 
 
 def test_user_errors_are_one_line(tmp_path, capsys, monkeypatch):
@@ -160,9 +207,9 @@ def test_user_errors_are_one_line(tmp_path, capsys, monkeypatch):
     assert "device" in fails("--device", "abacus")
     assert "nowhere" in fails("--data", "nowhere.safetensors")
     assert "--networks" in fails("--networks", "perceptron")
-
-
-def test_published_figures_are_those_of_the_papers():
-    assert PUBLISHED == {"FNO": 0.1556, "FactFormer": 0.1214, "Transolver": 0.09, "LaMO": 0.046}
-    assert json.dumps(PUBLISHED)
-    assert field_report.OURS in LABELS
+    assert "--viscosity" in fails("--data", "some.safetensors", "--viscosity", "1e-3")
+    assert "--forcing" in fails("--forcing", "classical")
+    if not torch.cuda.is_available():
+        assert "cuda" in fails("--full")
+    save_data(tmp_path / "narrow.safetensors", FieldData(torch.randn(5, 12, 1, 6, 16)))
+    assert "grid" in fails("--data", str(tmp_path / "narrow.safetensors"), "--train", "3", "--test", "2")

@@ -185,7 +185,7 @@ def test_training_evaluation_and_rollout(folder, capsys):
     field("evaluate", *common)
     shown = capsys.readouterr().out
     written = json.loads((folder / "run" / "evaluation.json").read_text())
-    assert shown.startswith("torus on 2 trajectories\n")
+    assert shown.startswith("torus on the 2 trajectories of the file that its run tested on\n")
     for name in ("one_step", "rollout", "persistence_one_step", "persistence_rollout", "seam_one_step"):
         assert f"{written[name]:.4f}" in shown, name
         assert math.isfinite(written[name])
@@ -277,6 +277,8 @@ def test_mistakes_are_one_line(folder, capsys, tmp_path):
         (["train", "--data", tmp_path / "text.safetensors"], "cannot be read"),
         (["train", "--data", data, "--forcing", "classical"], "forcing"),
         (["train", "--data", data, "--epochs", 1, "--seconds", 1], "not allowed with"),
+        (["train", "--data", data, "--history", 2, "--patch", 2, "--network", "windows", "--window", 3], "window"),
+        (["train", "--data", data, "--history", 2, "--patch", 2, "--network", "fourier", "--modes", 40], "modes"),
         (["train", "--data", data, "--network", "nothing"], "invalid choice"),
         (["train", "--data", data, *TINY, "--heads", 3], "width / heads"),
         (["train", "--data", data, *TINY, "--history", 9], "frames a trajectory"),

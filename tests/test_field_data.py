@@ -56,7 +56,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"frames": numbered().double()}, "frames must be float32"), ({"frames": numbered()[0]}, "frames must be"),
-    ({"frames": numbered()[:0]}, "frames must be .* not empty"), ({"frames": [1.0]}, "frames must be .* got list"),
+    ({"frames": numbered() / 0}, "frames must be finite"), ({"frames": [1.0]}, "frames must be .* got list"),
+    ({"frames": numbered()[:0]}, "frames must be .* not empty"),
     ({"static": torch.zeros(2, 1, 4, 3)}, "static must have 1 or 5 trajectories"),
     ({"static": torch.zeros(1, 1, 3, 4)}, "static must have .* grid"), ({"static": torch.zeros(4, 3)}, "static must"),
     ({"parity": (1,)}, "parity must be 2 times"), ({"parity": (1, 2)}, "parity must be"),

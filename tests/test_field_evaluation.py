@@ -1,5 +1,6 @@
 """Scores of field models, against models whose errors are known, and the pictures of them."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,9 +10,17 @@ from fields import disturbed_model, rule_model, travelling_waves
 from matplotlib.axes import Axes
 from PIL import Image
 
-from torus_model.field import FieldConfig
+from torus_model.attention import TorusAttention
+from torus_model.field import FieldConfig, build_model
 from torus_model.field.data import FieldData, FieldDataError, Windows
-from torus_model.field.evaluate import equivariance_error, evaluate, one_step_error, seam_mask, seam_ratio
+from torus_model.field.evaluate import (
+    equivariance_error,
+    evaluate,
+    one_step_error,
+    seam_deviation,
+    seam_mask,
+    seam_ratio,
+)
 from torus_model.field.losses import relative_l2
 from torus_model.field.pictures import write_animation, write_error_maps, write_errors_over_time, write_rollout
 
@@ -146,6 +155,30 @@ def test_channels_count_by_their_scale(steps):
     model = rule_model(config, torch.ones_like)
     model.set_scales(frames)
     assert torch.allclose(evaluate(model, FieldData(frames)).one_step_map, torch.tensor(2.0).double().sqrt())
+
+
+def test_deviation_of_the_seam_ratio_is_over_all_cuts():
+    config = dataclasses.replace(CONFIG, grid=(16, 16), patch=4)
+    squares = torch.rand(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ratios = [seam_ratio(squares.roll((i, j), (0, 1)), config) for i in range(0, 16, 4) for j in range(0, 16, 4)]
+    mean = sum(ratios) / 16
+    expected = (sum((ratio - mean) ** 2 for ratio in ratios) / 16) ** 0.5
+    assert seam_deviation(squares, config) == pytest.approx(expected)
+    assert seam_deviation(torch.ones(16, 16), config) == pytest.approx(0.0)
+    # On the cylinder the rows stay where they are.
+    around = dataclasses.replace(config, topology="cylinder")
+    assert seam_deviation(torch.arange(16.0)[:, None].expand(16, 16), around) == pytest.approx(0.0, abs=1e-6)
+    assert seam_deviation(torch.ones(4, 4), dataclasses.replace(CONFIG, grid=(4, 4))) is None
+
+
+def test_float64_scores_do_not_need_the_backend_that_was_forced(data):
+    model = build_model(CONFIG)
+    for module in model.modules():
+        if isinstance(module, TorusAttention):
+            module.backend = "reference"
+    scores = evaluate(model, data)
+    assert scores.equivariance_patches_float64 < 1e-9
+    assert model.network.blocks[0].attention.backend == "reference"
 
 
 def test_seam_ratio_needs_points_elsewhere():

@@ -170,7 +170,7 @@ class TestGeneration:
         expected = advect(random_tracers(3, (6, 16), 8), random_winds(3, 6, 7), [0.0, 5.0, 10.0, 15.0], 1e5)
         assert torch.equal(data.frames[:, :, 0], expected.float())
         assert json.loads(json.dumps(data.parameters)) == {
-            "flow": "globe", "hours": 5.0, "diffusivity": 1e5, "seed": 7,
+            "flow": "globe", "topology": "cylinder", "hours": 5.0, "diffusivity": 1e5, "seed": 7,
         }
 
     def test_seeds(self):

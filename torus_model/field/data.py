@@ -218,6 +218,8 @@ def _load_safetensors(path: Path) -> FieldData:
 
 
 def _check_tensor(name: str, x: Tensor, layout: str) -> None:
+    if isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all():
+        raise FieldDataError(f"{name} must be finite everywhere")
     if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.ndim != layout.count(",") + 1 or x.numel() == 0:
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise FieldDataError(f"{name} must be float32 {layout}, not empty, got {got}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..attention import TorusAttention
 from .config import FieldConfig
 from .data import FieldData, FieldDataError, Windows
 from .losses import relative_l2
@@ -25,8 +27,9 @@ class FieldScores:
     The rollout begins with the first ``history`` frames of a trajectory and runs to its end. A seam ratio is the root
     mean square error on the points within one patch of the grid's edges, divided by that on all others; on the
     cylinder, whose first axis really ends, only the edges of the second axis count. A model that cannot know where the
-    grid was cut has ratios like those of the targets, which are the same for the deviation of the true fields from
-    their mean. None where every point lies at an edge.
+    grid was cut has a ratio of 1 but for chance. How much chance does to it says the deviation, the standard deviation
+    of the ratio over all places, whole patches apart, where the grid could have been cut. None where every point lies
+    at an edge.
 
     An equivariance error is ``||roll(predict(x)) - predict(roll(x))|| / ||predict(x) - last frame||``: a difference
     that should not be there as a part of the change that is predicted. ``patches`` are random rolls by whole patches,
@@ -39,7 +42,8 @@ class FieldScores:
         rollout_steps: the same for each frame of it.
         persistence_one_step, persistence_rollout, persistence_rollout_steps: of the last given frame as prediction.
         seam_one_step, seam_rollout: seam ratio of the error in one step and in the last frame of the rollout.
-        seam_one_step_target, seam_rollout_target: seam ratio of the targets.
+        seam_one_step_deviation, seam_rollout_deviation: the deviations.
+        seam_one_step_target, seam_rollout_target: seam ratio of the deviation of the true fields from their mean.
         equivariance_patches, equivariance_points: equivariance errors in float32.
         equivariance_patches_float64, equivariance_points_float64: the same in float64, on one sample.
         one_step_map, rollout_map: root mean square error at every point ``[H, W]``, each channel divided by its scale,
@@ -54,8 +58,10 @@ class FieldScores:
     persistence_rollout: float
     persistence_rollout_steps: tuple[float, ...]
     seam_one_step: float | None
+    seam_one_step_deviation: float | None
     seam_one_step_target: float | None
     seam_rollout: float | None
+    seam_rollout_deviation: float | None
     seam_rollout_target: float | None
     equivariance_patches: float
     equivariance_points: float
@@ -133,6 +139,18 @@ def seam_ratio(squares: Tensor, config: FieldConfig) -> float | None:
         return None
     elsewhere = squares[~mask].mean().sqrt().item()
     return squares[mask].mean().sqrt().item() / elsewhere if elsewhere > 0 else None
+
+
+def seam_deviation(squares: Tensor, config: FieldConfig) -> float | None:
+    """Standard deviation of `seam_ratio` over the places where the grid could have been cut, whole patches apart."""
+    rows, columns = config.grid
+    row_shifts = range(0, rows, config.patch) if config.topology == "periodic" else (0,)
+    ratios = [
+        seam_ratio(squares.roll((down, right), (0, 1)), config)
+        for down in row_shifts for right in range(0, columns, config.patch)
+    ]
+    known = [ratio for ratio in ratios if ratio is not None]
+    return statistics.pstdev(known) if known else None
 
 
 @torch.inference_mode()
@@ -233,6 +251,9 @@ def evaluate(
     generator = torch.Generator().manual_seed(seed)
     rolls = {kind: [_random_roll(config, kind, generator) for _ in range(_ROLLS)] for kind in ("patches", "points")}
     exact = copy.deepcopy(model).double()
+    for module in exact.modules():
+        if isinstance(module, TorusAttention):
+            module.backend = None  # a backend that was forced may not have float64
     one = history[:1].double(), None if static is None else static[:1].double()
     equivariance = {
         f"equivariance_{kind}{suffix}": _mean([equivariance_error(network, *inputs, roll) for roll in rolls[kind]])
@@ -246,8 +267,10 @@ def evaluate(
         persistence_one_step=one_step[1], persistence_rollout=rollout[1],
         persistence_rollout_steps=tuple(rollout_steps[1]),
         seam_one_step=seam_ratio(single.mean_square_error, config),
+        seam_one_step_deviation=seam_deviation(single.mean_square_error, config),
         seam_one_step_target=seam_ratio(single.target_variance, config),
         seam_rollout=seam_ratio(last.mean_square_error, config),
+        seam_rollout_deviation=seam_deviation(last.mean_square_error, config),
         seam_rollout_target=seam_ratio(last.target_variance, config),
         **equivariance,
         one_step_map=single.mean_square_error.sqrt().cpu(),

@@ -186,5 +186,5 @@ def generate_globe(
         hours * torch.arange(frames, dtype=torch.float64),
         diffusivity,
     )
-    parameters = {"flow": "globe", "hours": hours, "diffusivity": diffusivity, "seed": seed}
+    parameters = {"flow": "globe", "topology": "cylinder", "hours": hours, "diffusivity": diffusivity, "seed": seed}
     return FieldData(tracers[:, :, None].float(), parity=(1,), parameters=parameters)

@@ -79,6 +79,8 @@ class FieldModel(nn.Module):
 
     def rollout(self, frames: Tensor, steps: int, static: Tensor | None = None) -> Tensor:
         """The next ``steps`` frames ``[B, steps, C, H, W]``, each predicted from those before it."""
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
         predicted = []
         for _ in range(steps):
             predicted.append(self(frames, static))

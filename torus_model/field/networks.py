@@ -20,7 +20,11 @@ from .model import FieldModel, TorusField
 LOOPS = (Stream.major_forward, Stream.major_backward, Stream.minor_forward, Stream.minor_backward)
 """The streams of the network ``loops``."""
 
-PARAMETER_TOLERANCE = 0.03
+FOURIER_CHANNELS = 20
+"""Channels of the Fourier neural operator in Li et al. (2021). Where parameters are few, it is better to have about as
+many and fewer modes than the other way round."""
+
+PARAMETER_TOLERANCE = 0.04
 """Relative difference up to which numbers of parameters count as equal."""
 
 
@@ -78,9 +82,9 @@ def equal_parameters(config: FieldConfig, network: str) -> FieldConfig:
     """The configuration of ``network`` whose number of parameters is nearest to that of ``config``'s torus.
 
     It differs in ``ff_width``: the hidden size of a network of tokens, in steps of 8, while depth, heads and width of
-    the tokens are kept; the channels of the U-Net and of the Fourier network. The latter's ``modes`` change too, as
-    little as it takes to come within `PARAMETER_TOLERANCE`, or, where nothing does, to come nearest. The others have
-    one size to choose, so a small model may stay further away than that.
+    the tokens are kept; the channels of the U-Net and of the Fourier network. The latter's ``modes`` are chosen too: of
+    the sizes within `PARAMETER_TOLERANCE` the one whose channels are nearest to `FOURIER_CHANNELS`, or, where there is
+    none, the nearest size. The others have one size to choose, so a small model may stay further away than that.
 
     Raises:
         TypeError, ValueError: there is no such network, or it refuses a field of ``config``.
@@ -109,9 +113,6 @@ def equal_parameters(config: FieldConfig, network: str) -> FieldConfig:
         return nearest(start, step=1)
     if network != "fourier":
         return nearest(start, step=8)
-    found = []
-    for modes in sorted(range(1, most_modes(start) + 1), key=lambda n: abs(n - config.modes)):
-        found.append(nearest(dataclasses.replace(start, modes=modes), step=1))
-        if difference(found[-1]) <= PARAMETER_TOLERANCE * target:
-            return found[-1]
-    return min(found, key=difference)
+    found = [nearest(dataclasses.replace(start, modes=modes), step=1) for modes in range(1, most_modes(start) + 1)]
+    equal = [candidate for candidate in found if difference(candidate) <= PARAMETER_TOLERANCE * target]
+    return min(equal, key=lambda c: abs(c.ff_width - FOURIER_CHANNELS)) if equal else min(found, key=difference)

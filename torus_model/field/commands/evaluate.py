@@ -61,9 +61,14 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
     if options.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
     if options.trajectories is None:
-        data = held_out(options.checkpoint, data)
+        available, data = len(data), held_out(options.checkpoint, data)
+        if len(data) == available:
+            which = f"all {available} trajectories of the file, which is not known to be free of training data"
+        else:
+            which = f"the {len(data)} trajectories of the file that its run tested on"
     elif 1 <= options.trajectories <= len(data):
         data = data.select(slice(len(data) - options.trajectories, None))
+        which = f"the last {len(data)} trajectories of the file"
     else:
         raise FieldDataError(f"--trajectories must be from 1 to the {len(data)} of the data, "
                              f"got {options.trajectories}")
@@ -79,7 +84,7 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
         write_errors_over_time(folder / "errors-over-time.png", {
             model.config.network: scores.rollout_steps, "persistence": scores.persistence_rollout_steps,
         })
-        print(f"{model.config.network} on {scores.trajectories} trajectories\n{table(scores)}\n"
+        print(f"{model.config.network} on {which}\n{table(scores)}\n"
               f"wrote evaluation.json, error-map.png and errors-over-time.png into {folder}")
 
     return run

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from torus_kernels import Stream
 from torus_kernels.backends import BACKENDS
 
@@ -18,7 +20,7 @@ from ...options import stream_names
 from ..config import FieldConfig
 from ..data import FieldData, load_data
 from ..evaluate import check_fits
-from ..networks import NETWORKS
+from ..networks import NETWORKS, build_model
 from ..train import resumable_configs, train
 from ..train_config import FieldTrainConfig
 from .options import add_data_options, check_device
@@ -131,6 +133,8 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
     config, model_config = _configure(run_dir, resume, data, given)
     check_fits(model_config, data, horizon=config.unroll)
     check_device(config.device)
+    with torch.device("meta"):  # the network checks its own settings; shapes alone
+        build_model(model_config, config.backend)
 
     def run() -> None:
         result = train(config, model_config, data, run_dir, resume=resume)
