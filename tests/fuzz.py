@@ -10,6 +10,7 @@ import os
 import resource
 import sys
 from collections import Counter
+from pathlib import Path
 
 import torch
 from fuzz_attention import attention_calls, cache_calls, decode_calls
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from torus_kernels.backends import BACKENDS, unavailable
 
-MEMORY = 2**33  # bytes of addresses: what wrongly takes a huge call ends there, and not with the machine's memory
+MEMORY = 2**33  # bytes of addresses beyond those at the start: what wrongly takes a huge call ends there
 BATCH = 500  # cases between two signs of life; every batch has a seed of its own
 
 
@@ -63,6 +64,15 @@ def table(counts: Counter[tuple[str, str]]) -> str:
     return "\n".join(f"{line[0]:28}" + "".join(f"{cell:>14}" for cell in line[1:]) for line in lines)
 
 
+def limit_memory() -> None:
+    """Lets the process have `MEMORY` more addresses than now, so that it ends before the machine's memory does."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit, (_, hard) = pages * resource.getpagesize() + MEMORY, resource.getrlimit(resource.RLIMIT_AS)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=20000, help="how many calls (default: 20000)")
@@ -75,7 +85,7 @@ def main() -> int:
         parser.error(f"backend {arguments.backend}: {reason.splitlines()[0]}")
     torch.set_num_threads(1)
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # it reserves more addresses than there are
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        limit_memory()
     total: Counter[tuple[str, str]] = Counter()
     with tqdm(total=arguments.cases, unit="calls") as progress:
         for batch, start in enumerate(range(0, arguments.cases, BATCH)):

@@ -269,6 +269,12 @@ def test_extra_flags_come_last_and_are_part_of_the_key(checkout, monkeypatch):
     assert not checkout.compiled()
 
 
+def test_flags_that_cannot_be_split_are_refused(monkeypatch):
+    monkeypatch.setenv("TORUS_CPU_CXXFLAGS", "-DEXTRA='two words")
+    with pytest.raises(real_build.BuildError, match=r"TORUS_CPU_CXXFLAGS must be flags as in a shell, .*quotation"):
+        real_build.extra_flags()
+
+
 def test_jobs_follow_cores_and_memory(monkeypatch):
     monkeypatch.delenv("MAX_JOBS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)

@@ -22,8 +22,8 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 RUNNING = [page for page in PAGES if any(block.language in ("python", "sh") for block in blocks(page))]
 
-RUN_ELSEWHERE = ("./run setup", "./run test", "./run demo", ".venv/bin/ruff check", ".venv/bin/sphinx-build",
-                 ".venv/bin/python -m pytest")
+RUN_ELSEWHERE = ("./run setup", "./run test", "./run demo", ".venv/bin/ruff check", ".venv/bin/mypy",
+                 ".venv/bin/sphinx-build", ".venv/bin/python -m pytest")
 """Beginnings of commands that other tests, or continuous integration, run."""
 
 TINY = {
@@ -148,7 +148,7 @@ class TestResults:
         assert recorded <= set(results._MARKER.findall(pages))
 
 
-def test_pictures_are_those_of_the_script(tmp_path):
+def test_pictures_exist_under_the_names_that_the_script_writes(tmp_path):
     shutil.copy(DOCS / "streams.py", tmp_path)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, tmp_path / "streams.py"], env=environment, check=True)

@@ -13,8 +13,8 @@ from torus_model.field.baselines import DenseAttention, WindowAttention
 from torus_model.field.baselines.fourier import SpectralConvolution, most_modes
 from torus_model.field.baselines.unet import LEVELS
 from torus_model.field.networks import (
-    NETWORKS,
     FOURIER_CHANNELS,
+    NETWORKS,
     PARAMETER_TOLERANCE,
     build_model,
     equal_parameters,

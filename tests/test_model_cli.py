@@ -110,6 +110,13 @@ def test_every_option_of_generate_acts(run_dir, capsys):
     assert len(write(capsys, run_dir, *stops)) < len(free)
 
 
+@pytest.mark.parametrize("penalty", ["inf", "nan", "1e300"])
+def test_length_penalty_fails_in_one_line(run_dir, capsys, penalty):
+    message = fails_in_one_line(capsys, "generate", "--checkpoint", run_dir, "--prompt", "a", "--beams", 2,
+                                "--length-penalty", penalty)
+    assert "length_penalty must be" in message
+
+
 def test_generate_without_cache_writes_the_same(run_dir, capsys, monkeypatch):
     with_cache = write(capsys, run_dir)
     made = []
@@ -163,6 +170,7 @@ def test_options_become_the_configuration(tmp_path, text):
         (["--width", "20"], "width"),
         (["--width", "wide"], "--width"),
         (["--steps", "0"], "steps"),
+        (["--seed", "-1"], "seed must be at least 0"),
         (["--streams", "sideways"], "sideways"),
         (["--seq-len", "100000000"], "fewer than one window"),
         (["--steps", "1", "--seconds", "1"], "--seconds"),

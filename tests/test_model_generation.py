@@ -8,7 +8,7 @@ import torch
 from torus_kernels import available_backends
 from torus_model import ModelConfig, TorusLM
 from torus_model.cache import LMCache
-from torus_model.generate import beam_search, generate, generate_batch
+from torus_model.generate import _penalized, beam_search, generate, generate_batch
 from torus_model.sampling import Sampling
 
 MODEL = ModelConfig(vocab_size=32, width=32, layers=3, heads=2, kv_heads=1, n_major=4, n_minor=6, cross_radius=(1, 2))
@@ -232,6 +232,20 @@ def test_a_beam_ends_at_a_stop_token_and_long_texts_cost_what_the_penalty_says(m
     assert short.tolist() == [likeliest], "a sum of log-probabilities only falls"
     long = beam_search(model, prompt, 8, beams=4, stop_tokens={likeliest}, length_penalty=50)
     assert len(long) == 8
+
+
+@pytest.mark.parametrize("length_penalty", [float("inf"), -float("inf"), float("nan"), 100.5, -101, 10**400])
+def test_length_penalty_out_of_range_is_refused(model, length_penalty):
+    with pytest.raises(ValueError, match="length_penalty must be at least -100 and at most 100, got"):
+        beam_search(model, prompt_of(4), 2, length_penalty=length_penalty)
+
+
+def test_penalized_scores_are_ordered_without_overflow():
+    pairs = [(-0.0, 3), (-2.0, 1), (-2.5, 2), (-9.0, 7), (-7.0, 6), (-torch.inf, 2)]
+    for penalty in (-2, 0, 0.7, 1, 3):
+        by_power = sorted(pairs, key=lambda pair: pair[0] / pair[1] ** penalty)
+        assert sorted(pairs, key=lambda pair: _penalized(*pair, penalty)) == by_power
+    assert _penalized(-5.0, 4096, 100) > _penalized(-5.0, 4095, 100)
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,13 @@ def test_interrupted_run_goes_on_exactly(text, tmp_path):
     assert seconds == sorted(seconds)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63, "0", True, 1.5])
+def test_seed_that_no_generator_takes_is_refused(text, seed):
+    with pytest.raises((TypeError, ValueError), match=r"^seed must be"):
+        make_config(text, seed=seed)
+    assert make_config(text, seed=2**63 - 1).seed == 2**63 - 1
+
+
 def test_same_seed_same_losses(text, tmp_path):
     def losses(seed):
         return train(make_config(text, steps=3, seed=seed), tmp_path / str(seed), progress=False).history.losses

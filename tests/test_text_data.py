@@ -7,7 +7,7 @@ import torch
 from torus_kernels import available_backends
 from torus_model import ModelConfig, TorusLM
 from torus_model.data import IGNORED, DataError, all_batches, cache_dir, load_corpus, split, within_documents
-from torus_model.evaluation import score
+from torus_model.evaluation import Score, score
 from torus_model.tokenizer import BPETokenizer, ByteTokenizer, TokenizerError
 
 DOCUMENTS = {"a": "first", "b": "", "c": "third\n", "d": "é"}
@@ -161,6 +161,11 @@ def test_a_score_counts_bytes_and_not_tokens():
     assert found.bytes > found.tokens
     assert found.bits_per_byte == pytest.approx(per_token / np.log(2) * found.tokens / found.bytes)
     assert found.perplexity == pytest.approx(np.exp(per_token))
+
+
+def test_perplexity_beyond_floating_point_is_infinite():
+    assert Score(709.0 * 8, 8, 8).perplexity == pytest.approx(np.exp(709.0))
+    assert Score(710.0 * 8, 8, 8).perplexity == np.inf
 
 
 def test_a_score_with_packing_adds_up_that_of_the_documents():

@@ -214,7 +214,10 @@ def test_patience_stops_the_run_and_keeps_the_best(folder, tmp_path, monkeypatch
     assert "stopped early" in capsys.readouterr().err
     best = checkpoint.load_metadata(tmp_path / checkpoint.BEST_FILE_NAME)
     assert len(best["history"]["losses"]) == 2
+    leftover = tmp_path / f"{checkpoint.BEST_FILE_NAME}.123.tmp"
+    leftover.touch()
     again = train(config, tmp_path, resume=True, progress=False)
+    assert not leftover.exists(), "what a killed process left is still there"
     assert len(again.history.losses) == 5, "a run that has stopped goes on"
     patient = train(dataclasses.replace(config, patience=None), tmp_path, resume=True, progress=False)
     assert len(patient.history.losses) == 10 and not patient.stopped_early

@@ -6,7 +6,14 @@ from support import assert_same_up_to_rounding, make_problem
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from torus_kernels import TorusLattice, ema_compound, ema_compound_multiscale, lattice_rope
+from torus_kernels import (
+    TorusKVCache,
+    TorusLattice,
+    ema_compound,
+    ema_compound_multiscale,
+    lattice_rope,
+    torus_attention_decode,
+)
 
 LATTICE = TorusLattice(3, 4, "causal", winding=2)
 PROBLEM = make_problem(LATTICE, 14, batch=1, heads=2, kv_heads=1)
@@ -18,11 +25,20 @@ def _on_the_backend(backend):
         yield
 
 
+def filled_cache(x):
+    """One of constants like x: tokens under a transform could not be written into it."""
+    cache = TorusKVCache(LATTICE, 1, 1, x.shape[-1], x.dtype, x.device)
+    tokens = torch.linspace(-1, 1, 14 * x.shape[-1], dtype=x.dtype, device=x.device).view(1, 1, 14, -1)
+    cache.append(tokens, tokens.flip(2))
+    return cache
+
+
 OPERATORS = {
     "torus_attention": lambda backend, x, state, alpha: backend.attention(x, x[:, :1], x[:, :1], LATTICE),
     "ema_compound": lambda backend, x, state, alpha: ema_compound(x, state, alpha),
     "ema_compound_multiscale": lambda backend, x, state, alpha: ema_compound_multiscale(
         x, torch.stack((state, 2 * state)), torch.stack((alpha, 1 - alpha)), alpha)[0],
+    "torus_attention_decode": lambda backend, x, state, alpha: torus_attention_decode(x[:, :, -1:], filled_cache(x)),
     "lattice_rope": lambda backend, x, state, alpha: lattice_rope(x, LATTICE),
 }
 
@@ -70,7 +86,7 @@ def test_forward_mode_is_refused_by_name(backend, name, needs_grad):
     assert torch.equal(function(leaf), function(x))
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "lattice_rope"])
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name not in ("lattice_rope", "torus_attention_decode")])
 def test_second_derivatives_are_refused_by_name(backend, name):
     function, x = operator(backend, name)
     with pytest.raises(NotImplementedError, match=f"^{name} .*double backward is not implemented"):

@@ -174,7 +174,11 @@ def _available_memory() -> int | None:
 
 def extra_flags() -> tuple[str, ...]:
     """What ``$TORUS_CPU_CXXFLAGS`` adds to every call of the compiler."""
-    return tuple(shlex.split(os.environ.get("TORUS_CPU_CXXFLAGS", "")))
+    flags = os.environ.get("TORUS_CPU_CXXFLAGS", "")
+    try:
+        return tuple(shlex.split(flags))
+    except ValueError as error:
+        raise BuildError(f"TORUS_CPU_CXXFLAGS must be flags as in a shell, got {flags!r}: {error}") from error
 
 
 def source_hash(csrc: Path) -> str:

@@ -10,6 +10,7 @@ from .api import _autocast_dtype, _autocast_parameters, fill_defaults
 from .backends import AUTO, check_name
 from .lattice import TorusLattice
 from .ops import decode as decode_ops
+from .ops._library import refuse_transforms
 
 
 class TorusKVCache:
@@ -202,6 +203,7 @@ def torus_attention_decode(
     checks.check_options(q, cache.lattice, stream_weights, decay, ema_state, ema_alpha, first_key)
     if len(cache) == 0:
         raise ValueError("cache must hold at least one token: append the newest token's key and value before its query")
+    refuse_transforms("torus_attention_decode")
     with torch.no_grad():
         stream_weights, decay, scale = fill_defaults(q, stream_weights, decay, scale)
         return decode_ops.decode_op(

@@ -21,6 +21,14 @@ def check_positive_integers(config: object, *names: str, optional: Iterable[str]
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def check_seed(seed: object) -> None:
+    """Raises where a seed is not an integer that every generator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
+
+
 def check_numbers(
     config: object, *names: str, optional: Iterable[str] = (), where: Callable[[float], bool], needs: str
 ) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .checks import check_numbers, check_positive_integers
+from .checks import check_numbers, check_positive_integers, check_seed
 from .data import DEFAULT_MAX_BYTES
 from .lm import ModelConfig
 from .tokenizer import ByteTokenizer
@@ -54,7 +54,7 @@ class TrainConfig:
         validation_windows: sequences in the validation set, spread evenly over the validation part.
         patience: stop after so many validations without an improvement, and keep the best checkpoint; None to go on.
         tensorboard: write logs for TensorBoard.
-        seed: of the initial weights, the batches and the dropout.
+        seed: of the initial weights, the batches and the dropout; at least 0 and below 2**63.
         backend: backend of `torus_attention`; None for the best that can run.
 
     Raises:
@@ -102,6 +102,7 @@ class TrainConfig:
         check_numbers(self, "test_fraction", where=lambda x: 0 <= x < 1 - self.validation_fraction,
                       needs=f"at least 0 and below 1 - validation_fraction = {1 - self.validation_fraction}")
         check_numbers(self, "weight_decay", where=lambda x: 0 <= x < math.inf, needs="at least 0")
+        check_seed(self.seed)
         if self.batch_size % self.accumulate != 0:
             raise ValueError(f"accumulate must divide batch_size = {self.batch_size}, got {self.accumulate}")
         if self.tokenizer is None and self.model.vocab_size != ByteTokenizer(self.pack_documents).vocab_size:

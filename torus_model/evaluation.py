@@ -36,7 +36,10 @@ class Score:
     @property
     def perplexity(self) -> float:
         """Of a token: comparable only where the tokenizer is the same."""
-        return math.exp(self.nats / self.tokens)
+        try:
+            return math.exp(self.nats / self.tokens)
+        except OverflowError:  # above 709 nats for each token
+            return math.inf
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
@@ -54,8 +55,8 @@ class _Texts:
             self._cache.reorder(indices)
 
 
-def check_request(prompts: Sequence[Tensor], new_tokens: int, beams: int = 1) -> None:
-    """Raises ValueError where there is no prompt, a prompt is not ``[T]`` with a token, or a number is too small."""
+def check_request(prompts: Sequence[Tensor], new_tokens: int, beams: int = 1, length_penalty: float = 1.0) -> None:
+    """Raises ValueError where there is no prompt, a prompt is not ``[T]`` with a token, or a number is out of range."""
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     for prompt in prompts:
@@ -64,6 +65,8 @@ def check_request(prompts: Sequence[Tensor], new_tokens: int, beams: int = 1) ->
     for name, count, smallest in (("new_tokens", new_tokens, 0), ("beams", beams, 1)):
         if count < smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {count}")
+    if not -100 <= length_penalty <= 100:
+        raise ValueError(f"length_penalty must be at least -100 and at most 100, got {length_penalty}")
 
 
 def generate(
@@ -182,7 +185,7 @@ def beam_search(
         prompt: ``[T]`` int64, at least one token.
         new_tokens: length of a continuation without a stop token.
         beams: continuations kept at every step.
-        length_penalty: 0 compares sums, 1 means; larger values prefer longer continuations.
+        length_penalty: 0 compares sums, 1 means; larger values prefer longer continuations; from -100 to 100.
         stop_tokens: they end a continuation and belong to it.
         use_cache: as in `generate`.
 
@@ -192,7 +195,7 @@ def beam_search(
     Raises:
         ValueError: an argument is out of range.
     """
-    check_request([prompt], new_tokens, beams)
+    check_request([prompt], new_tokens, beams, length_penalty)
     texts = _Texts(model, [prompt] * beams, use_cache)
     # All beams are the same prompt: only the first may have children, or they would all have the same.
     scores = torch.full((beams,), -torch.inf, device=prompt.device)
@@ -209,8 +212,8 @@ def beam_search(
         for score, candidate in zip(top.tolist(), index.tolist(), strict=True):
             beam, token = divmod(candidate, vocab_size)
             if token in stop_tokens or length == new_tokens:
-                if score / length**length_penalty > best_score:
-                    best_score = score / length**length_penalty
+                if (penalized := _penalized(score, length, length_penalty)) > best_score:
+                    best_score = penalized
                     best = torch.cat((texts.tokens[beam, len(prompt):], prompt.new_tensor([token])))
             elif len(going_on) < beams:
                 going_on.append((score, beam, token))
@@ -221,3 +224,8 @@ def beam_search(
         texts.reorder(prompt.new_tensor([beam for _, beam, _ in going_on]))
         texts.append(prompt.new_tensor([token for _, _, token in going_on]))
     return best
+
+
+def _penalized(score: float, length: int, length_penalty: float) -> float:
+    """Orders as ``score / length ** length_penalty``, whose power may overflow; no score is above 0."""
+    return math.inf if score >= 0 else length_penalty * math.log(length) - math.log(-score)

@@ -153,7 +153,8 @@ def train(
         if resumed is not None:
             run.restore(resumed)
         run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.remove_leftovers(checkpoint_file)
+        for file in (checkpoint_file, best_file):
+            checkpoint.remove_leftovers(file)
         if not resume:  # nothing must go back to the run that this one overwrites
             for file in (checkpoint.previous_of(checkpoint_file), best_file):
                 file.unlink(missing_ok=True)

@@ -238,8 +238,10 @@ void plant(const Kernels& kernels) {
 int main(int count, char** arguments) {
   using namespace torus;
   const std::string mode = count > 1 ? arguments[1] : "";
+#ifdef SYS_arch_prctl
   constexpr long request_permission = 0x1023, tile_data = 18;
   if (kernels_amx != nullptr) syscall(SYS_arch_prctl, request_permission, tile_data);
+#endif
   int wrong = 0;
   for (const auto table : {kernels_baseline, kernels_avx2, kernels_avx512, kernels_amx}) {
     if (table == nullptr) continue;

@@ -22,6 +22,7 @@ Needs transformers >= 5.4 (the extra ``hf``).
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,12 +35,16 @@ from .. import checks
 from ..api import _autocast_tokens, fill_defaults, torus_attention
 from ..backends import AUTO, check_name
 from ..lattice import TorusLattice
+from ..ops._library import refuse_transforms
 from ..ops.decode import decode_op
 from ..padding import leading_padding
 
 _REFUSED = {
     "softcap": "soft-capped scores",
     "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "indices": "keys chosen by an indexer",
+    "block_indices": "keys chosen by an indexer",
     "position_bias": "a bias on the scores",
     "head_mask": "masked heads",
     "cache": "a paged cache",
@@ -55,7 +60,7 @@ def register(lattice: TorusLattice | None = None, *, name: str = "torus", backen
 
     Args:
         lattice: the lattice of models whose configuration has no ``torus``; its topology must be causal.
-        name: what models call it; registering a name again replaces it.
+        name: what models call it, none of transformers' own names; registering a name again replaces it.
         backend: as in `torus_attention`.
 
     Raises:
@@ -65,9 +70,16 @@ def register(lattice: TorusLattice | None = None, *, name: str = "torus", backen
         _check_causal(checks.check_lattice(lattice))
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name must be an identifier, got {name!r}")
+    taken = AttentionInterface().get(name)
+    if name == "eager" or not (taken is None or _is_ours(taken)):
+        raise ValueError(f"name must not be that of another attention of transformers, got {name!r}")
     backend = AUTO if backend is None else check_name(backend)
     AttentionInterface.register(name, functools.partial(_attention, lattice, backend))
     AttentionMaskInterface.register(name, functools.partial(_first_keys, lattice))
+
+
+def _is_ours(attention: object) -> bool:
+    return isinstance(attention, functools.partial) and attention.func is _attention
 
 
 def _check_causal(lattice: TorusLattice) -> TorusLattice:
@@ -115,6 +127,10 @@ def _first_keys(
     It is made once per forward pass, ``[B, 1, Tq]`` int32 by place among the keys. Three dimensions tell it from the
     masks that users prepare themselves, which have two or four.
     """
+    # mypy takes __hash__ of a class for that of its instances.
+    if not torch.compiler.is_compiling() and not _attends_by_name(type(config)):  # type: ignore[arg-type]
+        raise NotImplementedError(f"the model of {type(config).__name__} computes its attention itself and would "
+                                  "ignore torus attention: it does not use AttentionInterface")
     if q_offset + q_length != kv_offset + kv_length:
         raise NotImplementedError(
             f"torus attention needs a cache that ends with the newest token, got {kv_length} keys from position "
@@ -139,6 +155,21 @@ def _first_keys(
     if first is None:
         return None
     return (first - kv_offset).clamp(min=0).to(torch.int32).expand(batch_size, q_length)[:, None]
+
+
+@functools.cache
+def _attends_by_name(config_type: type) -> bool:
+    """Whether the causal model of a configuration takes its attention from ``AttentionInterface``.
+
+    A model that does not gets the mask function's None all the same and would attend without any mask.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as models
+
+    if config_type not in models:
+        return True
+    # The classes of transformers itself are in files of their own; a class derived from one attends as its base does.
+    modules = {cls.__module__ for cls in models[config_type].__mro__} - {"transformers.modeling_utils"}
+    return any(hasattr(sys.modules[module], "ALL_ATTENTION_FUNCTIONS") for module in modules)
 
 
 def _document_starts(
@@ -191,6 +222,7 @@ def _attention(
     if q_len == 1 and not differentiated:
         checks.check_qkv(query, key[:, :, -1:], value[:, :, -1:])
         weights, decay, scale = fill_defaults(query, None, None, scaling)
+        refuse_transforms("torus_attention_decode")
         # Lags are all that matters, so that the keys kept are a ring in which the first of them has position 0.
         out = decode_op(query, key, value, weights, decay, None, None, first_key, lattice.spec, scale, kept, backend)
         return out.transpose(1, 2), None

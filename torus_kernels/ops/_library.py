@@ -36,19 +36,19 @@ def differentiable(
     torch.library.register_autograd(op, backward, setup_context=setup_context, lib=LIBRARY)
 
     def call(*arguments):
-        if _is_transformed():
-            raise NotImplementedError(
-                f"{of} cannot be transformed by torch.func (vmap, grad, jvp, ...) or differentiated in forward mode: "
-                "use its batch dimension, and backward() or torch.autograd.grad"
-            )
+        refuse_transforms(of)
         return op(*arguments)
 
     return call
 
 
-def _is_transformed() -> bool:
-    """Whether a `torch.func` transform or a level of forward-mode differentiation is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def refuse_transforms(of: str) -> None:
+    """Raises where a `torch.func` transform or a level of forward-mode differentiation is active."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"{of} cannot be transformed by torch.func (vmap, grad, jvp, ...) or differentiated in forward mode: "
+            "use its batch dimension, and backward() or torch.autograd.grad"
+        )
 
 
 def first_order_only(op: torch._ops.OpOverload, of: str) -> Callable[..., Any]:

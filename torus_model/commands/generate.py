@@ -78,7 +78,7 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
         "generator": torch.Generator().manual_seed(options.seed),
     }
     if options.beams is not None:
-        check_request(prompts, new_tokens, options.beams)
+        check_request(prompts, new_tokens, options.beams, options.length_penalty)
         found = (
             beam_search(model, prompt, new_tokens, beams=options.beams, length_penalty=options.length_penalty,
                         stop_tokens=stop_tokens, use_cache=options.use_cache)

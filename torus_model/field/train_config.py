@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_numbers, check_positive_integers
+from ..checks import check_numbers, check_positive_integers, check_seed
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class FieldTrainConfig:
         clip: largest norm of the gradient.
         unroll: time steps, each from the predictions before it, that the loss is taken over and passes through.
         augment: train on windows under random symmetries of the grid.
-        seed: of the initial weights, the order of the windows, the symmetries and the dropout.
+        seed: of the initial weights, the order of the windows, the symmetries and the dropout; at least 0 and below
+            2**63.
         backend: backend of `torus_attention`; None for the best that can run.
         device: where to train, as torch names it: ``"cpu"``, ``"cuda"``.
         checkpoint_epochs: epochs from one validation and checkpoint to the next; the end of the run has both.
@@ -72,8 +73,7 @@ class FieldTrainConfig:
         check_numbers(self, "weight_decay", where=lambda x: 0 <= x < math.inf, needs="at least 0")
         if not isinstance(self.augment, bool):
             raise TypeError(f"augment must be a bool, got {self.augment!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed must be an integer, got {self.seed!r}")
+        check_seed(self.seed)
         try:
             torch.device(self.device)
         except (RuntimeError, TypeError) as error:
