@@ -43,9 +43,9 @@ def write_seam(report: FieldReport, path: Path) -> None:
     bars.invert_yaxis()
     bars.margins(x=0.12)
     bars.set(xlabel="error at the seam / error elsewhere, one step", title="A seam has more than 1")
-    bars.legend(fontsize=7)
+    bars.legend(fontsize=7, loc="lower right")
     lines.axhline(1, color="0.3", lw=0.8)
-    lines.set(xlabel="ring of patches, counted from the edge of the array", ylabel="error / mean error",
+    lines.set(xlabel="ring of patches, from the edge of the array", ylabel="error / mean error",
               title="Where the errors are")
     lines.legend(fontsize=7)
     figure.savefig(path, dpi=150)
