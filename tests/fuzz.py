@@ -22,6 +22,9 @@ from hypothesis.strategies import SearchStrategy
 from support import Backend
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # it is run by its path
+
+from benchmarks import fuzz_report
 from torus_kernels.backends import BACKENDS, unavailable
 
 MEMORY = 2**33  # bytes of addresses beyond those at the start: what wrongly takes a huge call ends there
@@ -78,6 +81,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=20000, help="how many calls (default: 20000)")
     parser.add_argument("--seed", type=int, default=0, help="of the first batch; the next ones count on (default: 0)")
     parser.add_argument("--backend", choices=BACKENDS, default="cpu", help="what computes (default: cpu)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the counts as JSON")
     arguments = parser.parse_args()
     if arguments.cases < 1:
         parser.error(f"--cases must be at least 1, got {arguments.cases}")
@@ -99,6 +103,9 @@ def main() -> int:
                 raise
             progress.update(count)
     print(table(total))
+    if arguments.output is not None:
+        fuzz_report.save(arguments.output, total, cases=sum(total.values()), seed=arguments.seed,
+                         backend=arguments.backend)
     return 0 if sum(total.values()) == arguments.cases else 130
 
 

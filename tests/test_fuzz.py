@@ -4,6 +4,9 @@ import pytest
 from fuzz import run
 from fuzzing import Call, Fault, judge
 
+from benchmarks import fuzz_report
+from benchmarks.report import ReportError
+from benchmarks.show import markdown_of
 from torus_kernels import BackendError
 
 FUNCTIONS = {"torus_attention", "torus_attention_with_stats", "torus_attention_decode", "TorusKVCache.append",
@@ -45,3 +48,17 @@ def test_judgement(answer, fault, outcome):
     else:
         with pytest.raises((AssertionError, RuntimeError), match=outcome):
             judge(None, call)
+
+
+def test_counts_become_a_table(tmp_path):
+    path = tmp_path / "deep" / "fuzz.json"
+    counts = {("f", "right"): 3, ("f", "TypeError"): 2, ("g", "BackendError"): 1}
+    fuzz_report.save(path, counts, cases=6, seed=5, backend="cpu")
+    head, _, f, g, everything, _, note = markdown_of(path).splitlines()
+    assert head == "| function | right | ValueError | TypeError | BackendError | calls |"
+    assert f == "| f | 3 | 0 | 2 | 0 | 5 |" and g == "| g | 0 | 0 | 0 | 1 | 1 |"
+    assert everything == "| all | 3 | 0 | 2 | 1 | 6 |"
+    assert "--cases 6 --seed 5 --backend cpu" in note
+    path.write_text('{"kind": "fuzz", "format": 9}')
+    with pytest.raises(ReportError, match=r"fuzz\.json"):
+        markdown_of(path)
