@@ -232,6 +232,7 @@ def test_damaged_checkpoint_cannot_be_resumed(run_dir, tmp_path, capsys):
         (["--prompt", "a", "--temperature", "-1"], "temperature"),
         (["--prompt", "a", "--top-k", "0"], "top_k"),
         (["--prompt", "a", "--top-p", "0"], "top_p"),
+        (["--prompt", "a", "--seed", str(2**80)], "seed must be at least 0"),
         (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty"),
         (["--prompt", "a", "--stop", "no"], "--stop"),
         (["--prompt", "a", "--beams", "0"], "beams"),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from ..checks import check_seed
 from ..generate import beam_search, check_request, generate, generate_batch
 from ..sampling import Sampling
 from ..tokenizer import Tokenizer
@@ -68,6 +69,7 @@ def _stop_tokens(tokenizer: Tokenizer, stops: list[str], ignore_eos: bool) -> se
 
 def prepare(options: argparse.Namespace) -> Callable[[], None]:
     """Reads the model and the prompts."""
+    check_seed(options.seed)
     model, tokenizer = load_model_and_tokenizer(options)
     prompts = [_prompt(tokenizer, text) for text in options.prompt]
     stop_tokens = _stop_tokens(tokenizer, options.stop, options.ignore_eos)

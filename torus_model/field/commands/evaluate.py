@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...checkpoint import locate
+from ...checks import check_seed
 from ...history import write_json
 from ..data import FieldDataError
 from ..evaluate import FieldScores, check_fits, evaluate
@@ -56,6 +57,7 @@ def table(scores: FieldScores) -> str:
 
 def prepare(options: argparse.Namespace) -> Callable[[], None]:
     """Reads model and data."""
+    check_seed(options.seed)
     model, data = load_model_and_data(options)
     check_fits(model.config, data)
     if options.batch_size < 1:
