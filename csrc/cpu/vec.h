@@ -27,7 +27,8 @@ template <class T, int LANES>
 struct VectorOf {
   typedef T type __attribute__((vector_size(LANES * sizeof(T))));
   // The same vector at any address.
-  typedef T unaligned __attribute__((vector_size(LANES * sizeof(T)), aligned(alignof(T)), may_alias));
+  // Not even aligned as T: rows of 16-bit numbers are moved in pairs, as 32-bit numbers, from wherever they begin.
+  typedef T unaligned __attribute__((vector_size(LANES * sizeof(T)), aligned(1), may_alias));
 };
 
 template <class T>
