@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import model_runs
 import numpy as np
 import pytest
 import torch
@@ -45,15 +46,7 @@ def field(*arguments):
 
 
 def fails_in_one_line(capsys, *arguments):
-    """What the command says on stderr, which is one line, when it ends with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        field(*arguments)
-    message = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert message.count("\n") == 1
-    assert "Traceback" not in message
-    return message
+    return model_runs.fails_in_one_line(capsys, "field", *arguments)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_runs import fails_in_one_line, run
 from safetensors.torch import save_file
 
 from torus_kernels import BackendError, available_backends
@@ -29,23 +30,6 @@ def run_dir(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("run")
     main(["train", "--output", str(path), "--data", text, "--steps", "2", *TINY])
     return path
-
-
-def run(*arguments):
-    """The exit status of the command line; what argparse and ours print is captured by capsys."""
-    try:
-        main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def fails_in_one_line(capsys, *arguments):
-    assert run(*arguments) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.count("\n") == 1 and "error:" in shown.err
-    return shown.err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--help"]])

@@ -7,14 +7,18 @@ import random
 
 import pytest
 import torch
+from model_runs import Interrupted, interrupt_at, parameters_of
 from safetensors.torch import load_file
+from torch import nn
 
 import torus_model.run as run_module
 from torus_kernels import TorusLattice
 from torus_model import ModelConfig, TorusLM
 from torus_model.checkpoint import CheckpointError, load_model
-from torus_model.data import DataError
-from torus_model.run import Run, learning_rate_factor, make_optimizer, training_step, validate
+from torus_model.data import DataError, fixed_batches
+from torus_model.evaluation import score
+from torus_model.run import Run, learning_rate_factor, make_optimizer, training_step
+from torus_model.tokenizer import ByteTokenizer
 from torus_model.train import TrainConfig, TrainingError, resumable_config, steps_per_second, train
 
 MODEL = ModelConfig(width=32, layers=2, heads=2, n_major=6, n_minor=8, cross_radius=(2, 3), token_gated=False)
@@ -36,22 +40,6 @@ def make_config(text, **changes):
         "validations": 4, "validation_windows": 5, "backend": "reference",
     }
     return TrainConfig(**(fields | changes))
-
-
-def parameters_of(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_at(step):
-    def on_validation(point):
-        if point.step == step:
-            raise Interrupted
-
-    return on_validation
 
 
 @pytest.mark.parametrize("token_gated", [False, True])
@@ -152,7 +140,7 @@ def test_interrupted_run_goes_on_exactly(text, tmp_path):
     config = make_config(text, model=dataclasses.replace(MODEL, dropout=0.2))
     whole = train(config, tmp_path / "whole", progress=False)
     with pytest.raises(Interrupted):
-        train(config, tmp_path / "parts", progress=False, on_validation=interrupt_at(6))
+        train(config, tmp_path / "parts", progress=False, on_validation=interrupt_at(step=6))
     torch.manual_seed(99)  # nothing may depend on the process that continues
     torch.rand(7)
     resumed = train(config, tmp_path / "parts", resume=True, progress=False)
@@ -240,7 +228,7 @@ def test_checkpoint_is_replaced_atomically(text, tmp_path, monkeypatch):
     """A crash while a checkpoint is written leaves the one before, and no other file."""
     config = make_config(text)
     with pytest.raises(Interrupted):
-        train(config, tmp_path, progress=False, on_validation=interrupt_at(3))
+        train(config, tmp_path, progress=False, on_validation=interrupt_at(step=3))
     before, files = load_file(tmp_path / "checkpoint.safetensors"), sorted(tmp_path.iterdir())
 
     def write_half(tensors, path, metadata):
@@ -267,12 +255,19 @@ def test_history_and_plot_are_written(text, tmp_path):
     assert result.plot_file.read_bytes().startswith(b"\x89PNG")
 
 
+def test_matrices_of_linear_layers_and_embeddings_alone_decay():
+    layers = nn.Sequential(nn.Linear(2, 2), nn.Conv2d(2, 2, 1), nn.Embedding(2, 2))
+    groups = make_optimizer(layers, 1e-3, 0.1).param_groups
+    assert [set(g["param_names"]) for g in groups] == [{"0.weight", "2.weight"}, {"0.bias", "1.weight", "1.bias"}]
+
+
 def test_validation_is_the_mean_over_all_windows_in_bits():
     torch.manual_seed(0)
     model = TorusLM(dataclasses.replace(MODEL, dropout=0.5), backend="reference")
     data = torch.randint(256, (300,), dtype=torch.uint8)
-    together = validate(model, data, windows=5, batch_size=5, seq_len=20)
-    apart = validate(model, data, windows=5, batch_size=2, seq_len=20)
+    together, apart = (
+        score(model, fixed_batches(data, 5, batch_size, 20), ByteTokenizer()).bits_per_byte for batch_size in (5, 2)
+    )
     assert model.training
     assert together == pytest.approx(apart, rel=1e-6)
     assert together == pytest.approx(8.0, abs=0.3)

@@ -5,31 +5,14 @@ import ast
 
 import pytest
 import torch
+from model_runs import fails_in_one_line, run
 
 from torus_model import ModelConfig, checkpoint
-from torus_model.__main__ import main
 from torus_model.commands.train import add_arguments, configure
 from torus_model.config import SIZES
 
 TINY = ["--width", "16", "--layers", "1", "--heads", "2", "--n-major", "4", "--n-minor", "6", "--seq-len", "24",
         "--batch-size", "2", "--validations", "1", "--validation-windows", "2", "--backend", "reference"]
-
-
-def run(*arguments):
-    try:
-        main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def fails_in_one_line(capsys, *arguments):
-    capsys.readouterr()
-    assert run(*arguments) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.count("\n") == 1 and "error:" in shown.err
-    return shown.err
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from .config import TrainConfig
 from .evaluation import score
 from .history import History, Validation
 from .lm import TorusLM
-from .tokenizer import ByteTokenizer, Tokenizer, TokenizerError, load_tokenizer
+from .tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 _MAY_CHANGE_ON_RESUME = (
     "steps", "seconds", "validations", "backend", "data", "max_bytes", "activation_checkpointing", "patience",
@@ -97,11 +97,6 @@ def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
     else:
         height = 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
     return final + (1 - final) * height
-
-
-def validate(model: TorusLM, validation: Tensor, windows: int, batch_size: int, seq_len: int) -> float:
-    """Mean cross-entropy on fixed windows of bytes, in bits per byte."""
-    return score(model, data.fixed_batches(validation, windows, batch_size, seq_len), ByteTokenizer()).bits_per_byte
 
 
 class _Stopwatch:
