@@ -44,44 +44,57 @@ bool may_use_tiles() {
   return false;
 #endif
 }
-
-const Kernels* best_kernels() {
-  __builtin_cpu_init();
-  const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return may_use_tiles() ? kernels_amx() : kernels_avx512();
-  return fma ? kernels_avx2() : kernels_baseline();
-}
-#else
-const Kernels* best_kernels() { return kernels_baseline(); }
 #endif
 
-// The widest instruction set of this machine, or the narrower one that TORUS_CPU_ISA names.
-const Kernels* choose_kernels() {
-  const Kernels* best = best_kernels();
+// In ascending order. Code of an instruction set runs only where the machine has it, and `kernels` is such code.
+struct InstructionSet {
+  const char* name;
+  const Kernels* (*kernels)();
+};
+constexpr InstructionSet kInstructionSets[] = {
+    {"baseline", kernels_baseline},
+#if TORUS_X86
+    {"avx2", kernels_avx2},
+    {"avx512", kernels_avx512},
+    {"amx", kernels_amx},
+#endif
+};
+
+// The widest of this machine.
+int best_instruction_set() {
+#if TORUS_X86
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 0;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+    return 1;
+  return may_use_tiles() ? 3 : 2;
+#else
+  return 0;
+#endif
+}
+
+// The widest of this machine, or the narrower one that TORUS_CPU_ISA names.
+int choose_instruction_set() {
+  const int best = best_instruction_set();
   const char* wanted = std::getenv("TORUS_CPU_ISA");
   if (wanted == nullptr || *wanted == 0) return best;
-  const Kernels* ascending[] = {
-      kernels_baseline(),
-#if TORUS_X86
-      kernels_avx2(),
-      kernels_avx512(),
-      kernels_amx(),
-#endif
-  };
-  for (const Kernels* kernels : ascending) {
-    if (std::string(kernels->isa) == wanted) return kernels;
-    if (kernels == best) break;
-  }
-  STD_TORCH_CHECK(false, "TORUS_CPU_ISA is '", wanted, "', but this machine runs up to '", best->isa,
+  for (int i = 0; i <= best; ++i)
+    if (kInstructionSets[i].name == std::string(wanted)) return i;
+  STD_TORCH_CHECK(false, "TORUS_CPU_ISA is '", wanted, "', but this machine runs up to '", kInstructionSets[best].name,
                   "' (baseline, avx2, avx512 and amx are the names)");
-  return nullptr;
+  return 0;
+}
+
+// The one in use: 0 baseline, 1 AVX2, 2 AVX-512, 3 AMX.
+int64_t instruction_set() {
+  static const int chosen = choose_instruction_set();
+  return chosen;
 }
 
 const Kernels& kernels() {
-  static const Kernels* chosen = choose_kernels();
-  return *chosen;
+  static const Kernels* table = kInstructionSets[instruction_set()].kernels();
+  return *table;
 }
 
 DType dtype_of(const Tensor& x) {
@@ -238,16 +251,6 @@ void rope(Tensor x, std::vector<int64_t> lattice, int64_t offset, bool inverse, 
   kernels().rope({lattice_from_spec(lattice.data()), dtype_of(x), x.size(0), x.size(1), x.size(2), x.size(3),
                   tokens_of(x), tokens_of(out), offset, inverse},
                  workspace.runtime());
-}
-
-// The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512, 3 AMX.
-int64_t instruction_set() {
-#if TORUS_X86
-  const Kernels* chosen = &kernels();
-  return chosen == kernels_amx() ? 3 : chosen == kernels_avx512() ? 2 : chosen == kernels_avx2() ? 1 : 0;
-#else
-  return 0;
-#endif
 }
 
 }  // namespace

@@ -33,17 +33,14 @@ TORUS_BY_COMPUTE_TYPE(rope, Rope, problem.dtype, Itself)
 
 }  // namespace TORUS_ISA
 
-#define TORUS_STRING_(x) #x
-#define TORUS_STRING(x) TORUS_STRING_(x)
 #define TORUS_JOIN_(a, b) a##b
 #define TORUS_JOIN(a, b) TORUS_JOIN_(a, b)
 
 const Kernels* TORUS_JOIN(kernels_, TORUS_ISA)() {
-  static constexpr Kernels table = {TORUS_STRING(TORUS_ISA), TORUS_ISA::run_attention_forward,
-                                    TORUS_ISA::run_attention_backward, TORUS_ISA::run_attention_decode,
-                                    TORUS_ISA::run_ema_compound, TORUS_ISA::run_ema_compound_backward,
-                                    TORUS_ISA::run_ema_multiscale, TORUS_ISA::run_ema_multiscale_backward,
-                                    TORUS_ISA::run_rope};
+  static constexpr Kernels table = {TORUS_ISA::run_attention_forward, TORUS_ISA::run_attention_backward,
+                                    TORUS_ISA::run_attention_decode, TORUS_ISA::run_ema_compound,
+                                    TORUS_ISA::run_ema_compound_backward, TORUS_ISA::run_ema_multiscale,
+                                    TORUS_ISA::run_ema_multiscale_backward, TORUS_ISA::run_rope};
   return &table;
 }
 

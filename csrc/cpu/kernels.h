@@ -110,7 +110,6 @@ struct Rope {
 };
 
 struct Kernels {
-  const char* isa;
   void (*attention_forward)(const AttentionForward&, const Runtime&);
   void (*attention_backward)(const AttentionBackward&, const Runtime&);
   void (*attention_decode)(const AttentionDecode&, const Runtime&);

@@ -21,7 +21,6 @@ static void run_attention_backward(const AttentionBackward& problem, const Runti
 const Kernels* kernels_amx() {
   static const Kernels table = [] {
     Kernels kernels = *kernels_avx512();
-    kernels.isa = "amx";
     kernels.attention_forward = TORUS_ISA::run_attention_forward;
     kernels.attention_backward = TORUS_ISA::run_attention_backward;
     return kernels;
