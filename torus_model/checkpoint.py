@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .files import replacing
 from .lm import ModelConfig, TorusLM
 from .tokenizer import ByteTokenizer, Tokenizer
 
@@ -28,6 +29,7 @@ _NOTHING = "-"
 """Prefix of no tensor."""
 
 _OPTIMIZER = "optimizer."
+_RNG = "rng."
 _FORMAT = "torus_model.checkpoint.1"
 
 
@@ -52,23 +54,13 @@ def save(
         keep_previous: move what is at ``path`` to `previous_of` it, unless it is damaged. A crash between the two moves
             leaves that file alone, which `locate` finds.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     texts = {"format": _FORMAT} | {key: json.dumps(value) for key, value in metadata.items()}
-    try:
+    with replacing(path) as temporary:
         save_file({name: x.detach().contiguous() for name, x in tensors.items()}, temporary, metadata=texts)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())  # otherwise a power failure may keep the new name and lose the content
         if keep_previous and _defect(path) is None:
             os.replace(path, previous_of(path))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Removes what processes that were killed while they wrote this checkpoint left beside it."""
-    for file in path.parent.glob(f"{path.name}.*.tmp"):
-        file.unlink(missing_ok=True)
 
 
 def locate(path: str | os.PathLike) -> Path:
@@ -170,7 +162,34 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict({n.removeprefix(WEIGHTS): x for n, x in tensors.items() if n.startswith(WEIGHTS)})
 
 
-def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+def training_tensors(model: torch.nn.Module, optimizer: Optimizer, batches: torch.Generator) -> dict[str, Tensor]:
+    """All tensors of a run: weights, and the state of the optimiser, of the batches and of PyTorch's random numbers."""
+    rng = {_RNG + "global": torch.get_rng_state(), _RNG + "batches": batches.get_state()}
+    return model_tensors(model) | _optimizer_tensors(optimizer) | rng
+
+
+def load_training(
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    batches: torch.Generator,
+    tensors: Mapping[str, Tensor],
+    groups: list[dict[str, Any]],
+    *,
+    started: bool,
+) -> None:
+    """Takes from `training_tensors`, and the optimiser's ``param_groups``, what a run needs to go on.
+
+    Raises:
+        KeyError: a tensor is missing; of the optimiser's only where the run has ``started``.
+        RuntimeError, ValueError: the tensors are of another model.
+    """
+    load_weights(model, tensors)
+    _load_optimizer(optimizer, tensors, groups, started=started)
+    torch.set_rng_state(tensors[_RNG + "global"])
+    batches.set_state(tensors[_RNG + "batches"])
+
+
+def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """The state of an optimiser of named parameters under the names that it has in a checkpoint."""
     state = optimizer.state_dict()
     names = [name for group in state["param_groups"] for name in group["param_names"]]
@@ -181,15 +200,10 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
-def load_optimizer(
+def _load_optimizer(
     optimizer: Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]], *, started: bool
 ) -> None:
-    """Gives an optimiser the state among a checkpoint's tensors, and its ``param_groups``.
-
-    Raises:
-        KeyError: ``started``, but the state of a parameter is missing; the optimiser alone would begin anew.
-        RuntimeError, ValueError: the state is of other parameters.
-    """
+    """Gives an optimiser the state among a checkpoint's tensors, and its ``param_groups``."""
     names = [name for group in groups for name in group["param_names"]]
     index = {name: i for i, name in enumerate(names)}
     state: dict[int, dict[str, Tensor]] = {}
@@ -198,7 +212,7 @@ def load_optimizer(
             key, _, name = full_name.removeprefix(_OPTIMIZER).partition(".")
             state.setdefault(index[name], {})[key] = value.clone()  # not a view of the file
     if started and len(state) < len(names):
-        raise KeyError("optimizer state")
+        raise KeyError("optimizer state")  # an optimiser accepts less, and would start anew
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -6,6 +6,8 @@ import numbers
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from torus_kernels.checks import MAX_HEAD_DIM
+
 
 def _fields(config: object, names: Iterable[str], optional: Iterable[str]) -> Iterator[tuple[str, Any]]:
     yield from ((name, getattr(config, name)) for name in names)
@@ -19,6 +21,12 @@ def check_positive_integers(config: object, *names: str, optional: Iterable[str]
             raise TypeError(f"{name} must be an integer, got {value!r}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Raises where a width does not divide into heads of a size that the operator takes."""
+    if width % (8 * heads) != 0 or width > MAX_HEAD_DIM * heads:
+        raise ValueError(f"width / heads must be a multiple of 8 up to {MAX_HEAD_DIM}, got {width} / {heads}")
 
 
 def check_seed(seed: object) -> None:

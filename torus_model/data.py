@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .files import replacing
 from .tokenizer import ByteTokenizer, Tokenizer, TokenizerError
 
 DEFAULT_MAX_BYTES = 64 * 2**20
@@ -108,21 +109,16 @@ def load_corpus(
 def _tokenise(text: Text, tokenizer: Tokenizer, size: int, file: Path) -> None:
     """Writes the tokens of a text; a crash leaves no file under this name."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     bar = tqdm(total=size, disable=None, unit="B", unit_scale=True, desc="tokenising", leave=False, file=sys.stderr)
-    try:
-        with open(temporary, "wb") as output, bar:
-            for document in text.documents():
-                if tokenizer.bos is not None:
-                    np.array([tokenizer.bos], tokenizer.dtype).tofile(output)
-                for chunk in document:
-                    tokenizer.encode(chunk).tofile(output)
-                    bar.update(len(chunk))
-                if tokenizer.eos is not None:
-                    np.array([tokenizer.eos], tokenizer.dtype).tofile(output)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(file) as temporary, open(temporary, "wb") as output, bar:
+        for document in text.documents():
+            if tokenizer.bos is not None:
+                np.array([tokenizer.bos], tokenizer.dtype).tofile(output)
+            for chunk in document:
+                tokenizer.encode(chunk).tofile(output)
+                bar.update(len(chunk))
+            if tokenizer.eos is not None:
+                np.array([tokenizer.eos], tokenizer.dtype).tofile(output)
 
 
 class Text:

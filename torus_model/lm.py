@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from torus_kernels import TorusLattice
-from torus_kernels.checks import MAX_HEAD_DIM, parameter_dtype
+from torus_kernels.checks import parameter_dtype
 
 from .block import TorusBlock
-from .checks import check_numbers, check_positive_integers
+from .checks import check_heads, check_numbers, check_positive_integers
 
 if TYPE_CHECKING:
     from .cache import LMCache
@@ -58,9 +58,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_positive_integers(self, "vocab_size", "width", "layers", "heads", optional=("kv_heads", "ff_width"))
-        if self.width % (8 * self.heads) != 0 or self.width > MAX_HEAD_DIM * self.heads:
-            raise ValueError(f"width / heads must be a multiple of 8 up to {MAX_HEAD_DIM}, "
-                             f"got {self.width} / {self.heads}")
+        check_heads(self.width, self.heads)
         if self.kv_heads is not None and self.heads % self.kv_heads != 0:
             raise ValueError(f"kv_heads must divide heads = {self.heads}, got {self.kv_heads}")
         check_numbers(self, "dropout", where=lambda x: 0 <= x < 1, needs="at least 0 and below 1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,11 @@ def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
     return final + (1 - final) * height
 
 
+def make_schedule(optimizer: Optimizer, warmup: float, final: float, progress: Callable[[], float]) -> LambdaLR:
+    """Learning rates by `learning_rate_factor` of the ``progress`` at every step."""
+    return LambdaLR(optimizer, lambda _: learning_rate_factor(progress(), warmup, final))
+
+
 class _Stopwatch:
     """Seconds of the run, those before an interruption included."""
 
@@ -142,8 +147,8 @@ class Run:
             config.model, backend=config.backend, activation_checkpointing=config.activation_checkpointing
         )
         self.optimizer = make_optimizer(self.model, config.learning_rate, config.weight_decay)
-        self.scheduler = LambdaLR(
-            self.optimizer, lambda _: learning_rate_factor(self.progress, config.warmup, config.final_learning_rate)
+        self.scheduler = make_schedule(
+            self.optimizer, config.warmup, config.final_learning_rate, lambda: self.progress
         )
         self.generator = torch.Generator().manual_seed(config.seed)
 
@@ -205,9 +210,7 @@ class Run:
         return self.history.validation[-1]
 
     def save(self, path: Path, *, keep_previous: bool = False) -> None:
-        optimizer = checkpoint.optimizer_tensors(self.optimizer)
-        rng = {"rng.global": torch.get_rng_state(), "rng.batches": self.generator.get_state()}
-        checkpoint.save(path, checkpoint.model_tensors(self.model) | optimizer | rng, {
+        checkpoint.save(path, checkpoint.training_tensors(self.model, self.optimizer, self.generator), {
             "model_config": self.config.model.to_dict(),
             "train_config": self.config.to_dict(),
             "tokenizer": self.tokenizer.to_dict(),
@@ -227,13 +230,11 @@ class Run:
         tensors, metadata = checkpoint.load(path)
         try:
             self._check_same_run(path, metadata)
-            checkpoint.load_weights(self.model, tensors)
             history = History.from_dict(metadata["history"])
-            checkpoint.load_optimizer(
-                self.optimizer, tensors, metadata["param_groups"], started=bool(history.losses)
+            checkpoint.load_training(
+                self.model, self.optimizer, self.generator, tensors, metadata["param_groups"],
+                started=bool(history.losses),
             )
-            torch.set_rng_state(tensors["rng.global"])
-            self.generator.set_state(tensors["rng.batches"])
             self.history = history
             self.stopwatch.start(before=metadata["seconds"])
         except (KeyError, TypeError, RuntimeError) as error:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from . import checkpoint
 from .checkpoint import CheckpointError
 from .config import TrainConfig
+from .files import remove_leftovers
 from .history import History, Validation
 from .lm import ModelConfig, TorusLM
 from .run import Run, TrainingError, make_optimizer, training_step
@@ -154,7 +155,7 @@ def train(
             run.restore(resumed)
         run_dir.mkdir(parents=True, exist_ok=True)
         for file in (checkpoint_file, best_file):
-            checkpoint.remove_leftovers(file)
+            remove_leftovers(file)
         if not resume:  # nothing must go back to the run that this one overwrites
             for file in (checkpoint.previous_of(checkpoint_file), best_file):
                 file.unlink(missing_ok=True)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torus_kernels import TorusLattice
-from torus_kernels.checks import MAX_HEAD_DIM
 
-from ..checks import check_numbers, check_positive_integers
+from ..checks import check_heads, check_numbers, check_positive_integers
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,7 @@ class FieldConfig:
             raise ValueError(f"topology of a field must be periodic or cylinder, got {self.topology!r}")
         if len(self.grid) != 2 or any(side < 1 or side % self.patch for side in self.grid):
             raise ValueError(f"grid must be two multiples of patch = {self.patch}, got {self.grid}")
-        if self.width % (8 * self.heads) != 0 or self.width > MAX_HEAD_DIM * self.heads:
-            raise ValueError(f"width / heads must be a multiple of 8 up to {MAX_HEAD_DIM}, "
-                             f"got {self.width} / {self.heads}")
+        check_heads(self.width, self.heads)
         check_numbers(self, "dropout", where=lambda x: 0 <= x < 1, needs="at least 0 and below 1")
         lattice = self.lattice  # checks the lattice's fields
         # One form for each value, whatever collection it came in: configurations compare and travel through JSON.

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import replacing
 from . import formats
 from .formats import FieldDataError
 from .navier_stokes import classical_forcing
@@ -154,14 +155,11 @@ def save_data(path: str | os.PathLike, data: FieldData) -> None:
     tensors = {"frames": data.frames} | ({} if data.static is None else {"static": data.static})
     about = {"parity": data.parity, "static_parity": data.static_parity, "parameters": data.parameters}
     texts = {"format": _FORMAT} | {key: json.dumps(value) for key, value in about.items()}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary, metadata=texts)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary, metadata=texts)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_data(path: str | os.PathLike, forcing: str | None = None) -> FieldData:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from .. import checkpoint
 from ..checkpoint import CheckpointError
-from ..run import TrainingError, learning_rate_factor, make_optimizer
+from ..run import TrainingError, make_optimizer, make_schedule
 from .baselines.fourier import SpectralConvolution
 from .config import FieldConfig
 from .data import FieldData, Windows, split
@@ -85,8 +84,8 @@ class FieldRun:
         self.model.set_scales(self.training.frames, self.training.static)
         self.model.to(config.device)
         self.optimizer = make_optimizer(self.model, config.learning_rate, config.weight_decay, _LINEAR_MAPS)
-        self.scheduler = LambdaLR(
-            self.optimizer, lambda _: learning_rate_factor(self.progress, config.warmup, config.final_learning_rate)
+        self.scheduler = make_schedule(
+            self.optimizer, config.warmup, config.final_learning_rate, lambda: self.progress
         )
         self.generator = torch.Generator().manual_seed(config.seed)
 
@@ -152,9 +151,7 @@ class FieldRun:
         return self.history.epochs[-1]
 
     def save(self, path: Path) -> None:
-        rng = {"rng.global": torch.get_rng_state(), "rng.batches": self.generator.get_state()}
-        tensors = checkpoint.model_tensors(self.model) | checkpoint.optimizer_tensors(self.optimizer) | rng
-        checkpoint.save(path, tensors, {
+        checkpoint.save(path, checkpoint.training_tensors(self.model, self.optimizer, self.generator), {
             "field_config": self.model.config.to_dict(),
             "field_train_config": self.config.to_dict(),
             "data_fingerprint": self.fingerprint,
@@ -178,13 +175,12 @@ class FieldRun:
             checkpoint.check_same_config(path, model_before, self.model.config, ())
             if metadata["data_fingerprint"] != self.fingerprint:
                 raise CheckpointError(f"{path} was made with other data")
-            checkpoint.load_weights(self.model, tensors)
-            self.history = FieldHistory.from_dict(metadata["history"])
-            checkpoint.load_optimizer(
-                self.optimizer, tensors, metadata["param_groups"], started=bool(self.history.losses)
+            history = FieldHistory.from_dict(metadata["history"])
+            checkpoint.load_training(
+                self.model, self.optimizer, self.generator, tensors, metadata["param_groups"],
+                started=bool(history.losses),
             )
-            torch.set_rng_state(tensors["rng.global"])
-            self.generator.set_state(tensors["rng.batches"])
+            self.history = history
             self.seconds = metadata["seconds"]
         except (KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{path} does not hold a run that can be resumed: {error!r}") from error

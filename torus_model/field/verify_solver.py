@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from ..history import write_json
 from .navier_stokes import NavierStokes2d
 
 DEFAULT_STEPS = (8, 16, 32, 64, 128, 256)
@@ -104,9 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         report = verify()
         write_plot(output, report)
-        temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(temporary, output.with_suffix(".json"))
+        write_json(output.with_suffix(".json"), report)
     except OSError as error:
         parser.error(str(error))
     print(f"observed orders {', '.join(f'{order:.2f}' for order in report['observed_order'])}; "
