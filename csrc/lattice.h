@@ -8,7 +8,11 @@
 #include <cstdint>
 
 // Always inlined: a shared out-of-line copy could be compiled for an instruction set that the machine lacks.
+#if defined(__CUDACC__)
+#define TORUS_INLINE __host__ __device__ inline __attribute__((always_inline))
+#else
 #define TORUS_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace torus {
 
