@@ -1,4 +1,4 @@
-"""Packaging of torus-kernels. Installing never needs torch or a compiler: see BuildLibrary."""
+"""Packaging of torus-kernels. Installing never needs torch or a compiler: see BuildLibraries."""
 
 import importlib.util
 import re
@@ -17,54 +17,63 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load_build_driver():
-    """torus_kernels/build.py by its path: importing the package would need torch."""
-    spec = importlib.util.spec_from_file_location("torus_kernels_build", ROOT / "torus_kernels" / "build.py")
-    module = importlib.util.module_from_spec(spec)
+    """torus_kernels/building by its path: importing the package it is in would need torch."""
+    folder = ROOT / "torus_kernels" / "building"
+    spec = importlib.util.spec_from_file_location("torus_kernels_building", folder / "__init__.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-build = load_build_driver()
+building = load_build_driver()
+LIBRARIES = {"_cpu.so": lambda: building.CPU, "_cuda.so": building.cuda}
 
 
-class BuildLibrary(build_ext):
-    """Builds the CPU library ahead of time where torch and a compiler are there, and otherwise leaves it to the first
-    use. An editable install and ``build_ext --inplace`` put it into the package directory of the checkout."""
+class BuildLibraries(build_ext):
+    """Builds the libraries ahead of time where torch and their compilers are there, and otherwise leaves them to the
+    first use. An editable install and ``build_ext --inplace`` put them into the package directory of the checkout."""
 
-    def _library(self) -> Path:
-        return (ROOT if self.inplace else Path(self.build_lib).absolute()) / "torus_kernels" / build.LIBRARY
+    def _output_dir(self) -> Path:
+        return (ROOT if self.inplace else Path(self.build_lib).absolute()) / "torus_kernels"
 
     def run(self):
-        library = self._library()
-        try:
-            build.build_extension(
-                library.parent,
-                build.find_torch(),
-                build_dir=build.build_dir_of(build.PACKAGE / build.LIBRARY),
-                notice="torus-kernels: compiling the CPU kernels ahead of time",
-                force=bool(self.force),
-            )
-        except build.BuildError as error:
-            if not self.inplace:
-                library.unlink(missing_ok=True)  # a wheel must not take along what an earlier build left
-            print(f"torus-kernels: the CPU kernels will be compiled on first use, because {error}", file=sys.stderr)
+        for file, describe in LIBRARIES.items():
+            try:
+                torch_root = building.find_torch()
+                library = describe()
+                building.check_ahead_of_time(library, torch_root)
+                building.build_library(
+                    library,
+                    self._output_dir(),
+                    torch_root,
+                    build_dir=building.build_dir_of(building.PACKAGE / file),
+                    notice=f"torus-kernels: compiling the {library.contents} ahead of time",
+                    force=bool(self.force),
+                )
+            except building.BuildError as error:
+                if not self.inplace:
+                    (self._output_dir() / file).unlink(missing_ok=True)  # a wheel must not take along an earlier one
+                print(f"torus-kernels: {file} will be compiled on first use, because {error}", file=sys.stderr)
+
+    def _built(self) -> list[Path]:
+        return [path for file in LIBRARIES if (path := self._output_dir() / file).is_file()]
 
     def get_outputs(self):
         if self.inplace:
             return list(self.get_output_mapping())
-        return [str(path) for path in [self._library()] if path.is_file()]
+        return [str(path) for path in self._built()]
 
     def get_output_mapping(self):
-        if not (self.inplace and self._library().is_file()):
+        if not self.inplace:
             return {}
-        return {str(Path(self.build_lib) / "torus_kernels" / build.LIBRARY): str(self._library())}
+        return {str(Path(self.build_lib) / "torus_kernels" / path.name): str(path) for path in self._built()}
 
 
 class PlatformWheel(bdist_wheel):
-    """The library runs on one platform but under every Python; without it the wheel runs anywhere."""
+    """The libraries run on one platform but under every Python; without any the wheel runs anywhere."""
 
     def get_tag(self):
-        has_library = (Path(self.bdist_dir) / "torus_kernels" / build.LIBRARY).is_file()
+        has_library = any((Path(self.bdist_dir) / "torus_kernels" / file).is_file() for file in LIBRARIES)
         return ("py3", "none", super().get_tag()[2] if has_library else "any")
 
 
@@ -105,9 +114,9 @@ setup(
     package_data={
         "torus_kernels": ["py.typed"],
         "torus_model": ["py.typed"],
-        "torus_kernels.csrc": ["*.h", "*.cpp", "cpu/**/*.h", "cpu/**/*.cpp"],
+        "torus_kernels.csrc": [f"{folder}*.{suffix}" for folder in ("", "**/") for suffix in ("h", "cpp", "cu")],
     },
     ext_modules=[Extension("torus_kernels._cpu", sources=[])],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
     zip_safe=False,
 )

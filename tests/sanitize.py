@@ -29,7 +29,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
 
-from torus_kernels import build  # noqa: E402
+from torus_kernels import building  # noqa: E402
 from torus_kernels.backends.cpu import INSTRUCTION_SETS  # noqa: E402
 
 FLAGS = {
@@ -57,7 +57,7 @@ class Failure(Exception):
     """What ends the program with one line and exit code 1."""
 
 
-def runtime_library(compiler: build.Compiler, name: str) -> str:
+def runtime_library(compiler: building.Compiler, name: str) -> str:
     """Path of one of the compiler's libraries."""
     command = [*compiler.command, f"-print-file-name={name}"]
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -76,7 +76,7 @@ def fixed_addresses() -> list[str]:
     return command if works else []
 
 
-def address_environment(compiler: build.Compiler) -> dict[str, str]:
+def address_environment(compiler: building.Compiler) -> dict[str, str]:
     """The environment in which Python runs with the instrumented extension."""
     # libstdc++ too: the sanitizer looks for __cxa_throw when the process starts.
     preload = [runtime_library(compiler, name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
@@ -96,7 +96,7 @@ def machine_instruction_sets(environment: dict[str, str]) -> list[str]:
     """Those that this machine runs, widest last; builds the extension of the environment if need be."""
     environment = {name: value for name, value in environment.items() if name != "TORUS_CPU_ISA"}
     # Apart, because the compiler need not run under a sanitizer.
-    build_only = [sys.executable, "-c", "from torus_kernels import build; build.ensure_extension()"]
+    build_only = [sys.executable, "-c", "from torus_kernels import building; building.ensure_library(building.CPU)"]
     subprocess.run(build_only, env={name: value for name, value in environment.items() if name != "LD_PRELOAD"})
     code = "from torus_kernels.backends import cpu; print(cpu.unavailable() or cpu.instruction_set())"
     command = [*fixed_addresses(), sys.executable, "-c", code]
@@ -108,7 +108,7 @@ def machine_instruction_sets(environment: dict[str, str]) -> list[str]:
 
 
 def check_address(isas: Sequence[str], sample: bool) -> None:
-    compiler = build.find_compiler()
+    compiler = building.find_compiler()
     environment = address_environment(compiler)
     available = machine_instruction_sets(environment)
     python = [*fixed_addresses(), sys.executable]
@@ -127,7 +127,7 @@ def check_address(isas: Sequence[str], sample: bool) -> None:
 
 
 def check_thread(isas: Sequence[str], sample: bool) -> None:
-    compiler = build.find_compiler()
+    compiler = building.find_compiler()
     runtime_library(compiler, "libtsan.so")
     available = machine_instruction_sets(dict(os.environ))
     program = build_threads(compiler, _chosen(isas or available[-1:] if sample else isas, available))
@@ -140,33 +140,33 @@ def check_thread(isas: Sequence[str], sample: bool) -> None:
     _run("threads", [*fixed, str(program), *(["sample"] if sample else [])], environment)
 
 
-def build_threads(compiler: build.Compiler, isas: Sequence[str]) -> Path:
+def build_threads(compiler: building.Compiler, isas: Sequence[str]) -> Path:
     """tests/native/threads.cpp and the kernels for some instruction sets (those that these need included)."""
     needed = set(isas) | ({"avx512"} if "amx" in isas else set())
-    csrc = build.find_csrc()
-    key = repr((build.source_hash(csrc), FLAGS["thread"], compiler))
-    folder = build.cache_dir() / f"threads-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+    csrc = building.find_csrc()
+    key = repr((building.source_hash(building.CPU, csrc), FLAGS["thread"], compiler))
+    folder = building.cache_dir() / f"threads-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
     folder.mkdir(parents=True, exist_ok=True)
 
-    def kernels(unit: build.Unit) -> str:
+    def kernels(unit: building.Unit) -> str:
         output = folder / f"{unit.name}.o"
         if not output.is_file():
             part = output.with_suffix(f".{os.getpid()}.o")
-            _compiler(compiler, *build.unit_flags(unit, csrc), *FLAGS["thread"], "-c", str(csrc / unit.source), "-o",
-                      str(part))
+            _compiler(compiler, *building.unit_flags(building.CPU, unit, csrc), *FLAGS["thread"], "-c",
+                      str(csrc / unit.source), "-o", str(part))
             part.replace(output)
         return str(output)
 
     print(f"compiling in {folder}", flush=True)
-    with concurrent.futures.ThreadPoolExecutor(build.max_jobs()) as pool:
-        objects = list(pool.map(kernels, [unit for unit in build.UNITS if unit.isa in needed]))
+    with concurrent.futures.ThreadPoolExecutor(building.max_jobs(building.CPU.bytes_per_job)) as pool:
+        objects = list(pool.map(kernels, [unit for unit in building.CPU.units if unit.isa in needed]))
     program = folder / f"threads-{'-'.join(sorted(needed))}"
     _compiler(compiler, "-std=c++20", "-Wall", "-Wextra", f"-I{csrc}", *FLAGS["thread"],
               str(TESTS / "native" / "threads.cpp"), *objects, "-pthread", "-o", str(program))
     return program
 
 
-def _compiler(compiler: build.Compiler, *arguments: str) -> None:
+def _compiler(compiler: building.Compiler, *arguments: str) -> None:
     command = [*compiler.command, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -201,7 +201,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         (check_address if arguments.sanitizer == "address" else check_thread)(arguments.isa, arguments.sample)
-    except (Failure, build.BuildError) as error:
+    except (Failure, building.BuildError) as error:
         print(f"sanitize: {error}", file=sys.stderr)
         return 1
     return 0

@@ -14,7 +14,8 @@ from types import ModuleType
 import pytest
 
 import torus_kernels
-from torus_kernels import build as real_build
+from torus_kernels import building
+from torus_kernels.building import toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {
@@ -37,8 +38,8 @@ SOURCES = {
 
 def _has_compiler() -> bool:
     try:
-        return bool(real_build.find_compiler())
-    except real_build.BuildError:
+        return bool(building.find_compiler())
+    except building.BuildError:
         return False
 
 
@@ -57,8 +58,8 @@ class Checkout:
         self.compiler.chmod(0o755)
         for path, text in SOURCES.items():
             self.write(path, text)
-        (self.root / "torus_kernels").mkdir()
-        shutil.copy(real_build.__file__, self.root / "torus_kernels" / "build.py")
+        shutil.copytree(ROOT / "torus_kernels" / "building", self.root / "torus_kernels" / "building",
+                        ignore=shutil.ignore_patterns("__pycache__"))
         (self.root / "torus_kernels" / "__init__.py").write_text('__version__ = "1.2.3"\n')
         shutil.copy(ROOT / "setup.py", self.root / "setup.py")
 
@@ -69,17 +70,21 @@ class Checkout:
 
     @property
     def library(self) -> Path:
-        return self.root / "torus_kernels" / real_build.LIBRARY
+        return self.root / "torus_kernels" / building.CPU.file
 
     def driver(self) -> ModuleType:
-        """A fresh copy of the module, as a new process would have."""
-        spec = importlib.util.spec_from_file_location("fresh_build", self.root / "torus_kernels" / "build.py")
-        module = importlib.util.module_from_spec(spec)
+        """A fresh copy of the package, as a new process would have."""
+        for name in [name for name in sys.modules if name.partition(".")[0] == "fresh_building"]:
+            del sys.modules[name]
+        folder = self.root / "torus_kernels" / "building"
+        spec = importlib.util.spec_from_file_location("fresh_building", folder / "__init__.py")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
 
     def process(self) -> subprocess.Popen:
-        code = "import sys; sys.path.insert(0, sys.argv[1]); import build; print(build.ensure_extension())"
+        code = ("import sys; sys.path.insert(0, sys.argv[1]); import building; "
+                "print(building.ensure_library(building.CPU))")
         command = [sys.executable, "-c", code, str(self.root / "torus_kernels")]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -97,7 +102,13 @@ class Checkout:
         return sorted(names)
 
 
-EVERYTHING = sorted(["stamp", *(Path(unit.source).stem for unit in real_build.UNITS)])
+def first_use(checkout: Checkout) -> Path:
+    """What a new process gets that wants the library."""
+    driver = checkout.driver()
+    return driver.ensure_library(driver.CPU)
+
+
+EVERYTHING = sorted(["stamp", *(Path(unit.source).stem for unit in building.CPU.units)])
 
 
 @pytest.fixture
@@ -115,16 +126,16 @@ def checkout(tmp_path, monkeypatch) -> Checkout:
 def test_first_use_compiles_once_and_says_so(checkout, monkeypatch, capsys, ninja):
     driver = checkout.driver()
     if not ninja:
-        monkeypatch.setattr(driver, "find_ninja", lambda: None)
-    library = driver.ensure_extension()
+        monkeypatch.setattr(driver.compiling, "find_ninja", lambda: None)
+    library = driver.ensure_library(driver.CPU)
     assert checkout.compiled() == EVERYTHING
     assert library.is_relative_to(checkout.cache)
     assert ctypes.CDLL(str(library)).answer() == 42
     notice = capsys.readouterr().err
     assert notice.count("\n") == 1 and "compiling the CPU kernels once" in notice and "done in" in notice
 
-    assert driver.ensure_extension() == library
-    assert checkout.driver().ensure_extension() == library
+    assert driver.ensure_library(driver.CPU) == library
+    assert first_use(checkout) == library
     assert checkout.compiled() == []
     assert capsys.readouterr().err == ""
 
@@ -132,16 +143,16 @@ def test_first_use_compiles_once_and_says_so(checkout, monkeypatch, capsys, ninj
 @needs_compiler
 @pytest.mark.parametrize("source", ["cpu/kernels.cpp", "cpu/kernels.h", "lattice.h"])
 def test_changed_source_is_compiled_again(checkout, source):
-    first = checkout.driver().ensure_extension()
+    first = first_use(checkout)
     checkout.write(source, SOURCES.get(source, "") + "// changed\n")
-    assert checkout.driver().ensure_extension() != first
+    assert first_use(checkout) != first
 
 
 @needs_compiler
 def test_changed_compiler_is_another_library(checkout, monkeypatch):
-    first = checkout.driver().ensure_extension()
+    first = first_use(checkout)
     monkeypatch.setenv("CXX", f"{checkout.compiler} -DOTHER")
-    assert checkout.driver().ensure_extension() != first
+    assert first_use(checkout) != first
 
 
 @needs_compiler
@@ -150,13 +161,13 @@ def test_ahead_of_time_library_is_used_while_it_matches(checkout, monkeypatch):
     assert checkout.compiled() == EVERYTHING
     with monkeypatch.context() as without_compiler:
         without_compiler.setenv("CXX", "/nonexistent")
-        assert checkout.driver().ensure_extension() == checkout.library
+        assert first_use(checkout) == checkout.library
     checkout.write("cpu/kernels.h", "inline constexpr int kValue = 2;\n")
-    assert checkout.driver().ensure_extension().is_relative_to(checkout.cache)
+    assert first_use(checkout).is_relative_to(checkout.cache)
 
 
 @needs_compiler
-@pytest.mark.skipif(real_build.find_ninja() is None, reason="no ninja")
+@pytest.mark.skipif(building.find_ninja() is None, reason="no ninja")
 def test_build_in_place_is_incremental(checkout):
     checkout.setup("build_ext", "--inplace")
     checkout.compiled()
@@ -178,7 +189,7 @@ def test_missing_compiler_is_named(checkout, monkeypatch, compiler):
         expected = "no C++ compiler found: looked for c++, g++, clang++"
     driver = checkout.driver()
     with pytest.raises(driver.BuildError, match=re.escape(expected)):
-        driver.ensure_extension()
+        driver.ensure_library(driver.CPU)
 
 
 @needs_compiler
@@ -187,18 +198,18 @@ def test_compile_error_is_shown_and_not_tried_again(checkout, monkeypatch, ninja
     checkout.write("cpu/bindings.cpp", 'int broken = "text";\n')
     driver = checkout.driver()
     if not ninja:
-        monkeypatch.setattr(driver, "find_ninja", lambda: None)
+        monkeypatch.setattr(driver.compiling, "find_ninja", lambda: None)
     with pytest.raises(driver.BuildError) as first:
-        driver.ensure_extension()
+        driver.ensure_library(driver.CPU)
     message = str(first.value)
     assert str(checkout.compiler) in message and "-std=c++20" in message  # the command
     assert "bindings.cpp:1:" in message and "error:" in message  # the compiler's own words
     assert "bindings" in checkout.compiled()
     with pytest.raises(driver.BuildError) as second:
-        driver.ensure_extension()
+        driver.ensure_library(driver.CPU)
     assert str(second.value) == message
     assert checkout.compiled() == []
-    assert not list(checkout.cache.glob(f"*/{driver.LIBRARY}"))
+    assert not list(checkout.cache.glob(f"*/{driver.CPU.file}"))
 
 
 @needs_compiler
@@ -206,14 +217,14 @@ def test_undefined_symbol_is_a_build_error(checkout):
     checkout.write("cpu/bindings.cpp", "int missing(); int call() { return missing(); }\n")
     driver = checkout.driver()
     with pytest.raises(driver.BuildError, match="undefined reference"):
-        driver.ensure_extension()
+        driver.ensure_library(driver.CPU)
 
 
 @needs_compiler
 def test_processes_take_turns(checkout):
     processes = [checkout.process() for _ in range(3)]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert len(set(outputs)) == 1 and outputs[0].strip().endswith(real_build.LIBRARY)
+    assert len(set(outputs)) == 1 and outputs[0].strip().endswith(building.CPU.file)
     assert checkout.compiled() == EVERYTHING
 
 
@@ -228,7 +239,7 @@ def test_killed_builder_leaves_no_lock(checkout):
     builder.kill()
     builder.communicate()
     checkout.compiler.write_text(compiler)
-    assert checkout.driver().ensure_extension().is_file()
+    assert first_use(checkout).is_file()
 
 
 @needs_compiler
@@ -236,11 +247,11 @@ def test_skip_build_forbids_compiling_only(checkout, monkeypatch):
     monkeypatch.setenv("TORUS_SKIP_BUILD", "1")
     driver = checkout.driver()
     with pytest.raises(driver.BuildError, match="TORUS_SKIP_BUILD"):
-        driver.ensure_extension()
+        driver.ensure_library(driver.CPU)
     monkeypatch.setenv("TORUS_SKIP_BUILD", "0")
-    library = checkout.driver().ensure_extension()
+    library = first_use(checkout)
     monkeypatch.setenv("TORUS_SKIP_BUILD", "1")
-    assert checkout.driver().ensure_extension() == library
+    assert first_use(checkout) == library
 
 
 @needs_compiler
@@ -249,15 +260,15 @@ def test_unwritable_cache_is_named(checkout, monkeypatch):
     monkeypatch.setenv("TORUS_CACHE_DIR", str(checkout.root / "file"))
     driver = checkout.driver()
     with pytest.raises(driver.BuildError, match=r"cannot build in .*file"):
-        driver.ensure_extension()
+        driver.ensure_library(driver.CPU)
 
 
 @needs_compiler
 def test_extra_flags_come_last_and_are_part_of_the_key(checkout, monkeypatch):
-    plain = checkout.driver().ensure_extension()
+    plain = first_use(checkout)
     checkout.record.unlink()
     monkeypatch.setenv("TORUS_CPU_CXXFLAGS", "-O1 -DEXTRA='two words'")
-    assert checkout.driver().ensure_extension() != plain
+    assert first_use(checkout) != plain
     calls = [line for line in checkout.record.read_text().splitlines() if " -o " in line]
     assert len(calls) == len(EVERYTHING) + 1  # and the link
     for call in calls:
@@ -265,39 +276,39 @@ def test_extra_flags_come_last_and_are_part_of_the_key(checkout, monkeypatch):
             assert call.find("-O1 -DEXTRA=two words") > call.find("-O3")
     monkeypatch.delenv("TORUS_CPU_CXXFLAGS")
     checkout.record.unlink()
-    assert checkout.driver().ensure_extension() == plain
+    assert first_use(checkout) == plain
     assert not checkout.compiled()
 
 
 def test_flags_that_cannot_be_split_are_refused(monkeypatch):
     monkeypatch.setenv("TORUS_CPU_CXXFLAGS", "-DEXTRA='two words")
-    with pytest.raises(real_build.BuildError, match=r"TORUS_CPU_CXXFLAGS must be flags as in a shell, .*quotation"):
-        real_build.extra_flags()
+    with pytest.raises(building.BuildError, match=r"TORUS_CPU_CXXFLAGS must be flags as in a shell, .*quotation"):
+        building.extra_flags(building.CPU)
 
 
 def test_jobs_follow_cores_and_memory(monkeypatch):
     monkeypatch.delenv("MAX_JOBS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     for memory, jobs in ((None, 8), (64 << 30, 8), ((3 << 30) + 1, 3), (1 << 20, 1), (-5, 1)):
-        monkeypatch.setattr(real_build, "_available_memory", lambda memory=memory: memory)
-        assert real_build.max_jobs() == jobs
+        monkeypatch.setattr(toolchain, "_available_memory", lambda memory=memory: memory)
+        assert building.max_jobs(1 << 30) == jobs
     monkeypatch.setenv("MAX_JOBS", "11")
-    assert real_build.max_jobs() == 11
+    assert building.max_jobs(1 << 30) == 11
     for wrong in ("0", "-1", "many"):
         monkeypatch.setenv("MAX_JOBS", wrong)
-        with pytest.raises(real_build.BuildError, match="MAX_JOBS must be a positive integer"):
-            real_build.max_jobs()
+        with pytest.raises(building.BuildError, match="MAX_JOBS must be a positive integer"):
+            building.max_jobs(1 << 30)
 
 
 def test_memory_is_the_smaller_of_machine_and_container(monkeypatch, tmp_path):
     limit, used = tmp_path / "max", tmp_path / "current"
-    monkeypatch.setattr(real_build, "_CGROUP_MEMORY", ((str(limit), str(used)),))
-    machine = real_build._available_memory()
+    monkeypatch.setattr(toolchain, "_CGROUP_MEMORY", ((str(limit), str(used)),))
+    machine = toolchain._available_memory()
     limit.write_text("max\n")
     used.write_text("1000\n")
-    assert real_build._available_memory() == pytest.approx(machine, rel=0.5)
+    assert toolchain._available_memory() == pytest.approx(machine, rel=0.5)
     limit.write_text("5000\n")
-    assert real_build._available_memory() == 4000
+    assert toolchain._available_memory() == 4000
 
 
 def test_setup_needs_neither_torch_nor_compiler(checkout, monkeypatch):
@@ -316,7 +327,7 @@ def test_wheel_has_the_sources_and_a_tag_that_fits(checkout, built):
     (wheel,) = (checkout.root / "dist").glob("*.whl")
     names = subprocess.check_output([sys.executable, "-m", "zipfile", "-l", wheel], text=True)
     assert all(f"torus_kernels/csrc/{source} " in names for source in SOURCES)
-    assert (f"torus_kernels/{real_build.LIBRARY} " in names) == built
+    assert (f"torus_kernels/{building.CPU.file} " in names) == built
     assert "-py3-none-" in wheel.name and wheel.name.endswith("-any.whl") == (not built)
 
 
@@ -325,7 +336,7 @@ def test_setup_version_is_the_package_version():
     assert subprocess.check_output(command, cwd=ROOT, text=True).strip() == torus_kernels.__version__
 
 
-def isa_leaks(objects: Path, units: tuple[real_build.Unit, ...]) -> list[str]:
+def isa_leaks(objects: Path, units: tuple[building.Unit, ...]) -> list[str]:
     """Code in the objects for newer instruction sets that an older machine could come to run.
 
     The linker keeps one of several weak definitions of a function (inline functions, template instances): the one
@@ -367,25 +378,25 @@ HOT_LOOPS = {  # what a source compiled per instruction set may hold, and whethe
 
 @needs_compiler
 @needs_nm
-@pytest.mark.skipif(len(real_build.UNITS) < 4, reason="one instruction set only")
+@pytest.mark.skipif(len(building.CPU.units) < 4, reason="one instruction set only")
 @pytest.mark.parametrize("name", HOT_LOOPS)
 def test_leak_check_tells_leaks(checkout, name):
     code, leaks = HOT_LOOPS[name]
     checkout.write("cpu/kernels.cpp", f"#define NOINLINE __attribute__((noinline))\n{code}\n")
     driver = checkout.driver()
-    found = isa_leaks(driver.build_dir_of(driver.ensure_extension()), driver.UNITS)
+    found = isa_leaks(driver.build_dir_of(driver.ensure_library(driver.CPU)), driver.CPU.units)
     assert len(found) == (2 if leaks else 0), found  # one for avx2, one for avx512
 
 
 @needs_compiler
 def test_the_real_extension_builds():
-    assert real_build.ensure_extension().is_file()
+    assert building.ensure_library(building.CPU).is_file()
 
 
 @needs_compiler
 @needs_nm
 def test_newer_instruction_sets_stay_in_their_objects():
-    objects = real_build.build_dir_of(real_build.ensure_extension())
+    objects = building.build_dir_of(building.ensure_library(building.CPU))
     if not (objects / "kernels_baseline.o").is_file():
         pytest.skip("the library came without its objects")
-    assert isa_leaks(objects, real_build.UNITS) == []
+    assert isa_leaks(objects, building.CPU.units) == []

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from documents import ROOT, Block, blocks
 
-from torus_kernels import build
+from torus_kernels import building
 
 HEADING = "How to add a stream"
 STREAM = "spiral_steep"
@@ -26,8 +26,8 @@ def steps(language: str) -> list[Block]:
 
 def has_compiler() -> bool:
     try:
-        return bool(build.find_compiler())
-    except build.BuildError:
+        return bool(building.find_compiler())
+    except building.BuildError:
         return False
 
 

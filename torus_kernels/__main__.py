@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends, build
+from . import __version__, backends, building
 from .selfcheck import Check, check_backend
 
 _VARIABLES = ("TORUS_", "TRITON_", "OMP_", "CUDA_", "PYTORCH_", "MKL_")
@@ -65,10 +65,10 @@ def _cpu_model() -> str:
 
 def _compiler() -> str:
     """Of the library in use where it says so (one that came in a wheel does not), otherwise the one there is."""
-    with contextlib.suppress(build.BuildError, OSError):
-        record = build.build_dir_of(build.ensure_extension()) / "compiler.txt"
+    with contextlib.suppress(building.BuildError, OSError):
+        record = building.build_dir_of(building.ensure_library(building.CPU)) / "compiler.txt"
         return record.read_text().splitlines()[0]
-    return build.find_compiler().identity.splitlines()[0]
+    return building.find_compiler().identity.splitlines()[0]
 
 
 def _instruction_set() -> str:
@@ -118,7 +118,7 @@ def make_report(use_cuda: bool = False) -> Report:
                               f"torus_kernels {_described(_instruction_set)}",
             "threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
             "GPU": _described(lambda: _gpus(use_cuda)),
-            "library": _described(lambda: str(build.ensure_extension())),
+            "library": _described(lambda: str(building.ensure_library(building.CPU))),
         },
         variables={
             name: value for name, value in sorted(os.environ.items())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import build
+from .. import building
 from ..lattice import TorusLattice
 from ..ops._library import LIBRARY
 from ..ops.attention import OPERANDS
@@ -49,8 +49,8 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "amx")
 def unavailable() -> str | None:
     """Builds the library if that has not been done, loads it, and keeps the reason where either fails."""
     try:
-        torch.ops.load_library(build.ensure_extension())
-    except (build.BuildError, OSError) as error:
+        torch.ops.load_library(building.ensure_library(building.CPU))
+    except (building.BuildError, OSError) as error:
         return f"{error}: {error.__cause__}" if error.__cause__ is not None else str(error)
     try:
         instruction_set()
