@@ -14,12 +14,26 @@ from torus_model.data import DataError
 from torus_model.field import FieldDataError
 from torus_model.train import TrainingError
 
-from . import arguments, compare, cpu, decode, demo, environment, field, gpu, growth, precision, threads
+from . import (
+    arguments,
+    compare,
+    cpu,
+    decode,
+    demo,
+    environment,
+    field,
+    generation,
+    gpu,
+    growth,
+    language,
+    precision,
+    threads,
+)
 from .accuracy import WrongResult
 from .report import ReportError
 from .show import markdown_of
 
-_COMMANDS = (cpu, growth, threads, decode, compare, precision, gpu, field)
+_COMMANDS = (cpu, growth, threads, decode, compare, precision, gpu, field, language, generation)
 _EXPECTED = (BackendError, CheckpointError, DataError, FieldDataError, OSError, ReportError, TrainingError, WrongResult,
              compare.ComparisonError)
 

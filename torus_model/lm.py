@@ -37,6 +37,7 @@ class ModelConfig:
             ``n_major * n_minor`` tokens. ``streams`` are names; None for all eight.
         token_gated: stream weights from each token; otherwise one set per head.
         dropout: probability on the output of each branch of a block.
+        compounding: blend the attention of every layer but the first into that of the layer before.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or value; the message names it.
@@ -55,6 +56,7 @@ class ModelConfig:
     streams: tuple[str, ...] | None = None
     token_gated: bool = True
     dropout: float = 0.0
+    compounding: bool = True
 
     def __post_init__(self) -> None:
         check_positive_integers(self, "vocab_size", "width", "layers", "heads", optional=("kv_heads", "ff_width"))
@@ -87,11 +89,23 @@ class ModelConfig:
         return cls(**fields)
 
 
+def initialise(embedding: nn.Embedding, blocks: nn.ModuleList) -> None:
+    """Draws the weights of the matrices of a language model of `AttentionBlock` s."""
+    nn.init.normal_(embedding.weight, std=0.02)
+    for block in blocks:
+        attention = block.attention
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, block.ff[0]):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        # 2 * layers branches add up in the residual stream (GPT-2, Radford et al. 2019, section 2.3).
+        for linear in (attention.out_proj, block.ff[2]):
+            nn.init.normal_(linear.weight, std=(2 * len(blocks) * linear.in_features) ** -0.5)
+
+
 class TorusLM(nn.Module):
     """Decoder-only language model on a causal torus, with tied input and output embeddings.
 
-    The attention output of every layer, before its projection, is compounded into that of the layer before; the
-    first layer has no state.
+    The attention output of every layer, before its projection, is compounded into that of the layer before, unless
+    ``config.compounding`` is off; the first layer has no state.
 
     Args:
         config: the architecture.
@@ -111,22 +125,13 @@ class TorusLM(nn.Module):
         self.blocks = nn.ModuleList(
             TorusBlock(
                 config.width, config.heads, lattice, ff_width=config.ff_width, dropout=config.dropout,
-                kv_heads=config.kv_heads, token_gated=config.token_gated, compounding=layer > 0, backend=backend,
+                kv_heads=config.kv_heads, token_gated=config.token_gated, compounding=config.compounding and layer > 0,
+                backend=backend,
             )
             for layer in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.width)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        for block in self.blocks:
-            attention = block.attention
-            for linear in (attention.q_proj, attention.k_proj, attention.v_proj, block.ff[0]):
-                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            # 2 * layers branches add up in the residual stream (GPT-2, Radford et al. 2019, section 2.3).
-            for linear in (attention.out_proj, block.ff[2]):
-                nn.init.normal_(linear.weight, std=(2 * len(self.blocks) * linear.in_features) ** -0.5)
+        initialise(self.embedding, self.blocks)
 
     def forward(
         self,
@@ -152,6 +157,8 @@ class TorusLM(nn.Module):
         for layer, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[layer]
             options = {"first_key": first_key, "offset": offset, "cache": layer_cache}
+            if not block.attention.compounding:
+                state = None
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, state = checkpoint(block, x, state, use_reentrant=False, **options)
             else:

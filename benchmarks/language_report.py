@@ -1,0 +1,187 @@
+"""Results of the comparison on text: kept as JSON, shown as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import environment
+from .language_runs import DENSE, Trained
+from .report import ReportError
+from .tables import Grid
+from .timing import Timing
+
+KIND, FORMAT = "language-comparison", 1
+
+OURS, FIRST = "torus", "first"
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "loops": {"streams": ("major_forward", "major_backward", "minor_forward", "minor_backward")},
+    "no-spirals": {"streams": ("major_forward", "major_backward", "minor_forward", "minor_backward", "cross_u_to_v",
+                               "cross_v_to_u")},
+    "no-cross": {"streams": ("major_forward", "major_backward", "minor_forward", "minor_backward", "spiral_cw",
+                             "spiral_ccw")},
+    "no-ema": {"compounding": False},
+}
+"""What is left out of the torus: fields of its `ModelConfig`."""
+
+LABELS = {
+    OURS: "torus attention",
+    DENSE: "dense attention",
+    FIRST: "torus, first defaults",
+    "loops": "torus, loops only",
+    "no-spirals": "torus without spirals",
+    "no-cross": "torus without cross flows",
+    "no-ema": "torus without compounding",
+}
+"""The networks that are compared, in the order of tables and plots."""
+
+
+@dataclass
+class LanguageReport:
+    """All that a comparison found.
+
+    Attributes:
+        machine: `environment.machine`, of the process that timed the steps.
+        training: `language_runs.Training` as fields.
+        tokens: that every network trains on.
+        models: `ModelConfig.to_dict` of each network and context, with both.
+        text: its ``bytes`` and ``files``.
+        trained: the results.
+        timings: of a training step, by ``network@context``; those of a context in the same rounds.
+    """
+
+    machine: dict[str, Any]
+    training: dict[str, Any]
+    tokens: int
+    models: list[dict[str, Any]]
+    text: dict[str, int]
+    trained: list[Trained] = field(default_factory=list)
+    timings: dict[str, Timing] = field(default_factory=dict)
+
+    @property
+    def contexts(self) -> list[int]:
+        """In order."""
+        return sorted({trained.context for trained in self.trained})
+
+    def runs(self, network: str, context: int, budget: str = "tokens") -> list[Trained]:
+        """One for each seed."""
+        return [t for t in self.trained if (t.network, t.context, t.budget) == (network, context, budget)]
+
+    def step(self, network: str, context: int) -> Timing:
+        """Times of a training step."""
+        return self.timings[f"{network}@{context}"]
+
+    def seconds(self, trained: Trained) -> float:
+        """What the steps of a run take: their number times the median step."""
+        return trained.steps * self.step(trained.network, trained.context).spread.median
+
+    def bits(self, network: str, context: int, budget: str = "tokens") -> float | None:
+        """Bits per byte on the test part, the mean over seeds; None where there is no run."""
+        found = [trained.bits_per_byte for trained in self.runs(network, context, budget)]
+        return statistics.fmean(found) if found else None
+
+    def save(self, path: Path) -> None:
+        """Writes JSON.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"kind": KIND, "format": FORMAT} | dataclasses.asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> LanguageReport:
+        """The report of `save`.
+
+        Raises:
+            ReportError: the file holds none.
+            OSError: it cannot be read.
+        """
+        try:
+            fields = json.loads(path.read_text())
+            if fields.pop("kind") != KIND or fields.pop("format") != FORMAT:
+                raise ReportError(f"{path} is not a report of the comparison on text in format {FORMAT}")
+            fields["trained"] = [Trained.from_dict(x) for x in fields["trained"]]
+            fields["timings"] = {
+                name: Timing(tuple(x["seconds"]), x["page_faults"]) for name, x in fields["timings"].items()
+            }
+            return cls(**fields)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ReportError(f"{path} is not a report of the comparison on text: {error!r}") from error
+
+
+def _percent(value: float, reference: float) -> str:
+    change = 100 * (value / reference - 1)
+    return f"{change:+.1f} %"
+
+
+def grid(report: LanguageReport) -> Grid:
+    """A row for each network, context and budget: means over the seeds, with the smallest and the largest."""
+    rows = []
+    for context in report.contexts:
+        for network in LABELS:
+            for budget in ("tokens", "seconds"):
+                runs = report.runs(network, context, budget)
+                if not runs:
+                    continue
+                bits = [trained.bits_per_byte for trained in runs]
+                mean = f"{statistics.fmean(bits):.3f}"
+                dense = report.bits(DENSE, context)
+                timing = report.step(network, context)
+                ratio = timing.ratio_to(report.step(OURS, context)).median
+                rows.append([
+                    str(context), LABELS[network], budget, f"{runs[0].parameters:,}", str(runs[0].steps),
+                    f"{report.seconds(runs[0]):.0f} s",
+                    mean if len(bits) == 1 else f"{mean} ({min(bits):.3f}-{max(bits):.3f})",
+                    "" if dense is None else _percent(statistics.fmean(bits), dense),
+                    f"{timing.spread.median * 1e3:.0f} ms" + ("" if network == OURS else f" ({ratio:.2f}x)"),
+                ])
+    return Grid("Language models at long contexts", (
+        "context", "network", "equal", "parameters", "steps", "training time", "bits per byte, test part",
+        "against dense at equal tokens", "step",
+    ), rows, left=3)
+
+
+def verdicts(report: LanguageReport) -> list[str]:
+    """Torus and dense attention, a sentence for each context and budget."""
+    said = []
+    for context in report.contexts:
+        ours = report.bits(OURS, context)
+        for budget in ("tokens", "seconds"):
+            theirs = report.bits(DENSE, context, budget)
+            if ours is not None and theirs is not None:
+                of_torus = {run.seed: run.bits_per_byte for run in report.runs(OURS, context)}
+                pairs = [(of_torus[run.seed], run.bits_per_byte) for run in report.runs(DENSE, context, budget)]
+                fewer = sum(mine < other for mine, other in pairs)
+                side = "fewer" if ours < theirs else "more"
+                said.append(f"Context {context}, equal {budget}: the torus needs {abs(1 - ours / theirs):.1%} {side} "
+                            f"bits than dense attention (fewer from {fewer} of {len(pairs)} seeds).")
+    return said
+
+
+def describe(report: LanguageReport) -> str:
+    """What the table cannot say."""
+    training = report.training
+    seeds = len({trained.seed for trained in report.trained})
+    ours = next(model for model in report.models if model["network"] == OURS)
+    lattices = ", ".join(f"{m['n_major']}x{m['n_minor']}" for m in report.models if m["network"] == OURS)
+    return (
+        f"Bytes of {report.text['files']} files, {report.text['bytes'] / 1e6:.1f} MB; {report.tokens:,} tokens in "
+        f"windows of the context, {training['batch_size']} to the step, AdamW with a peak learning rate of "
+        f"{training['learning_rate']:g}; width {ours['width']}, {ours['layers']} layers, {ours['heads']} heads; "
+        f"lattices {lattices}. Tested on {training['test_tokens']:,} tokens after the last step. {seeds} "
+        f"seed{'s' * (seeds > 1)}: means, in parentheses smallest and largest. Equal seconds: steps times the median "
+        "step, in rounds that run every network of the context once, are those of the torus; the learning rate ends "
+        f"with the steps. Validations are not counted. {environment.describe(report.machine)}."
+    )
+
+
+def markdown(report: LanguageReport) -> str:
+    """The table, what follows from it, and how it was made."""
+    found = "\n".join(f"- {line}" for line in verdicts(report))
+    return f"{grid(report).markdown()}\n\n{found}\n\n{describe(report)}"
