@@ -14,8 +14,10 @@
 
 #if defined(__CUDACC__)
 #define TORUS_DEVICE __device__ __forceinline__
+#define TORUS_UNROLL _Pragma("unroll")
 #else
 #define TORUS_DEVICE inline
+#define TORUS_UNROLL
 #endif
 
 namespace torus::cuda {

@@ -1,0 +1,158 @@
+// What every attention kernel is handed, and how a warp reads its part of it.
+#pragma once
+
+#include "fragment.h"
+#include "schedule.h"
+
+namespace torus::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// Heads of a launch: block_y counts from `first`, over the query heads of the whole batch or over its key/value heads.
+struct Heads {
+  int64_t first;
+  int query, key_value;  // of one batch element
+
+  TORUS_INLINE constexpr int group() const { return query / key_value; }
+};
+
+struct Operands {
+  Schedule schedule;
+  Heads heads;
+  int seq_len, head_dim;
+  float scale, scale2;          // of scores; the second in base 2
+  Tokens q, k, v, state, d_out; // of E
+  Parameter weights, decay, alpha;
+  const int64_t* first_key;     // [B, T] or null
+  const float* squared;         // [num_streams, table_rows, table_columns] of the schedule
+  bool begins, ends;            // the first, the last to add to its sums
+
+  TORUS_INLINE constexpr int64_t tokens() const { return int64_t{1} * seq_len * head_dim; }
+};
+
+// One query head, or one key/value head with a query head of its group.
+struct Head {
+  int64_t batch;
+  int query, key_value;
+  int64_t local;  // in the launch's workspaces of query heads
+};
+
+TORUS_DEVICE Head query_head(const Operands& in, int64_t local) {
+  const int64_t global = in.heads.first + local;
+  const int h = static_cast<int>(global % in.heads.query);
+  return {global / in.heads.query, h, h / in.heads.group(), local};
+}
+
+template <class E>
+TORUS_DEVICE E* rows_of(const Tokens& tokens, int64_t batch, int head) {
+  return static_cast<E*>(tokens.data) + batch * tokens.batch + head * tokens.head;
+}
+
+// A parameter at rows of a head; per head its stride of tokens is 0.
+TORUS_DEVICE Lane<float> load_parameter(const Parameter& parameter, const Head& head, const Lane<int>& token, int column) {
+  const float* const base = static_cast<const float*>(parameter.data) + head.batch * parameter.batch +
+                            head.query * parameter.head + column;
+  return load(base, cast<int64_t>(token) * parameter.token, token >= 0, 0.0f);
+}
+
+// The oldest key that a query sees; no key is as old as it where there is no query.
+TORUS_DEVICE Lane<int> oldest_key(const Operands& in, int64_t batch, const Lane<int>& token) {
+  constexpr int kNothingSeen = 0x7fffffff;
+  if (in.first_key == nullptr) return select(token >= 0, Lane<int>(0), kNothingSeen);
+  const Lane<int64_t> wide = cast<int64_t>(token);
+  const Lane<int64_t> first = load(in.first_key + batch * in.seq_len, wide, token >= 0, int64_t{0});
+  const auto clip = [](int64_t key, int t) {
+    return static_cast<int>(t < 0 ? kNothingSeen : key < 0 ? 0 : key > t ? t : key);
+  };
+  return map(clip, first, token);
+}
+
+// The bias of distances: a score in base 2 has slope * rho^2 added.
+TORUS_DEVICE float bias_slope(const Operands& in, const Head& head, int stream) {
+  return -0.5f * kLog2e * static_cast<const float*>(in.decay.data)[head.query * in.decay.head + stream];
+}
+
+// A warp's own rows: two in every lane, group and group + 8.
+struct OwnRows {
+  OwnPlace place;
+  Lane<int> token[2];
+  bool any;
+
+  TORUS_DEVICE OwnRows(const Schedule& schedule, const Warp& warp) : place(schedule.own(warp.block_x())) {
+    const int track = schedule.own_track(place, warp.index()), first = schedule.own_position(place, warp.index());
+    for (int half = 0; half < 2; ++half)
+      token[half] = map([&](int row) { return schedule.own_token(place, track, row); }, fragment_group() + first + 8 * half);
+    any = cuda::any(token[0] >= 0 || token[1] >= 0);
+  }
+};
+
+// Begins to copy `rows` rows, one to `kChunks` lanes, of which tokens_of(row) says where they are; rows without a token and
+// columns beyond head_dim are zeros. Lanes are numbered from `lane` on, `lanes` in all.
+template <int kSources, class E, int D, class TokensOf>
+TORUS_DEVICE void copy_rows(const Operands& in, int rows, const E* const (&from)[kSources], const int64_t (&stride)[kSources],
+                            const Tile<E, D> (&to)[kSources], const Lane<int>& lane, int lanes, TokensOf tokens_of) {
+  using T = Tile<E, D>;
+  for (int first = 0; first < rows * T::kChunks; first += lanes) {
+    const Lane<int> item = lane + first;
+    const Lane<int> row = item / T::kChunks, chunk = item % T::kChunks;
+    const Lane<int> token = map(tokens_of, row);
+    for (int s = 0; s < kSources; ++s)
+      copy_async(to[s].data, T::at(row, chunk), from[s], cast<int64_t>(token) * stride[s] + cast<int64_t>(chunk * T::kChunk),
+                 token >= 0 && chunk * T::kChunk < in.head_dim, item < rows * T::kChunks);
+  }
+}
+
+// A warp's own rows of some tensors into its part of tiles; visible to the warp on return.
+template <int kSources, class E, int D>
+TORUS_DEVICE void copy_own_rows(const Operands& in, const Warp& warp, const OwnRows& own, const E* const (&from)[kSources],
+                                const int64_t (&stride)[kSources], const Tile<E, D> (&to)[kSources]) {
+  const Schedule& schedule = in.schedule;
+  const int track = schedule.own_track(own.place, warp.index()), first = schedule.own_position(own.place, warp.index());
+  copy_rows(in, kOwnRows, from, stride, to, lane_index(), kWarpLanes,
+            [&](int row) { return schedule.own_token(own.place, track, first + row); });
+  warp.commit_copies();
+  warp.template wait_copies<0>();
+  warp.sync();
+}
+
+// The same by the whole block for a tile of others.
+template <int kSources, class E, int D>
+TORUS_DEVICE void copy_others(const Operands& in, const Warp& warp, const OwnPlace& own, const OtherPlace& other,
+                              const E* const (&from)[kSources], const int64_t (&stride)[kSources],
+                              const Tile<E, D> (&to)[kSources]) {
+  const Schedule& schedule = in.schedule;
+  copy_rows(in, kOtherRows, from, stride, to, lane_index() + warp.index() * kWarpLanes, warp.count() * kWarpLanes,
+            [&](int row) { return row < other.count ? schedule.token(own, other.track, other.position + row) : kNoToken; });
+}
+
+// Token of every row of a tile of others, one in a lane.
+TORUS_DEVICE Lane<int> other_tokens(const Schedule& schedule, const OwnPlace& own, const OtherPlace& other) {
+  static_assert(kOtherRows == kWarpLanes, "a lane for every row");
+  return map([&](int row) { return row < other.count ? schedule.token(own, other.track, other.position + row) : kNoToken; },
+             lane_index());
+}
+
+// Walks over the block's tiles of others in two buffers: stage(tile, buffer) begins to copy one while visit(tile, buffer)
+// works on the other.
+template <class Stage, class Visit>
+TORUS_DEVICE void for_each_tile(const Warp& warp, const Schedule& schedule, const OwnPlace& own, Stage stage, Visit visit) {
+  OtherWalk walk(schedule, own);
+  OtherPlace tile{}, next{};
+  bool more = walk.next(tile);
+  if (more) stage(tile, 0);
+  warp.commit_copies();
+  for (int buffer = 0; more; buffer ^= 1) {
+    const bool another = walk.next(next);
+    if (another) stage(next, buffer ^ 1);
+    warp.commit_copies();
+    warp.template wait_copies<1>();
+    warp.barrier();
+    visit(tile, buffer);
+    warp.barrier();
+    tile = next, more = another;
+  }
+  warp.template wait_copies<0>();
+}
+
+}  // namespace torus::cuda

@@ -1,0 +1,188 @@
+// Scores of a warp's sixteen own rows against a tile of others, as every stream sees them.
+//
+// kTiles sums stand side by side, 8 kTiles columns. In them a lane has rows group and group + 8 and, of each sum, columns
+// 2 member and 2 member + 1; the displacement of row r from column c is r - c, so a lane meets kTiles + 1 diagonals of
+// blocks, twice.
+#pragma once
+
+#include "operands.h"
+
+namespace torus::cuda {
+
+constexpr int kTilesOfOthers = kOtherRows / kColumns;
+constexpr float kNegativeInfinity = -__builtin_huge_valf();
+
+TORUS_DEVICE Lane<float> quad_sum(Lane<float> x) {
+  x = x + shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+TORUS_DEVICE Lane<float> quad_maximum(Lane<float> x) {
+  x = max_of_floats(x, shuffle_xor(x, 1));
+  return max_of_floats(x, shuffle_xor(x, 2));
+}
+
+// A maximum as exponents are taken from it: 0 where nothing has been seen yet.
+TORUS_DEVICE Lane<float> anchor(const Lane<float>& maximum) {
+  return select(maximum == kNegativeInfinity, Lane<float>(0.0f), maximum);
+}
+
+// sums (+)= own rows * others^T, of columns col0 ... of the tile of others.
+template <int kTiles, class E, int D, class OwnFragment>
+TORUS_DEVICE void multiply_rows(Sum (&sums)[kTiles], OwnFragment own, const Tile<E, D>& others, int row0) {
+  static_assert(kTiles % 2 == 0, "others are loaded sixteen at a time");
+TORUS_UNROLL
+  for (int t = 0; t < kTiles; ++t) sums[t] = zero_sum();
+TORUS_UNROLL
+  for (int k = 0; k < D / kDepth; ++k) {
+    const Left<E> left = own(k);
+TORUS_UNROLL
+    for (int t = 0; t < kTiles; t += 2) {
+      Right<E> right[2];
+      others.right_of_rows(row0 + t * kColumns, k * kDepth, right);
+      multiply(sums[t], left, right[0]);
+      multiply(sums[t + 1], left, right[1]);
+    }
+  }
+}
+
+// out (+)= left * rows row0 ... + 15 of others
+template <class E, int D>
+TORUS_DEVICE void multiply_depth(Sum (&out)[D / kColumns], const Left<E>& left, const Tile<E, D>& others, int row0) {
+TORUS_UNROLL
+  for (int t = 0; t < D / kColumns; t += 2) {
+    Right<E> right[2];
+    others.right_of_depth(row0, t * kColumns, right);
+    multiply(out[t], left, right[0]);
+    multiply(out[t + 1], left, right[1]);
+  }
+}
+
+// For one stream and one tile of others: a number for every displacement r - c of a warp, at r - c + kOtherRows - 1.
+struct Slice {
+  static constexpr int kSize = kOwnRows + kOtherRows;  // one more than there are
+  Shared<float> values;
+  int offset;
+
+  TORUS_DEVICE Lane<int> index(int diagonal, int i) const {
+    return fragment_group() - fragment_member() * 2 + (diagonal * kColumns + kOtherRows - 1 - i + offset);
+  }
+};
+
+// Numbers of a slice where a lane needs them.
+template <int kTiles>
+struct Diagonals {
+  Lane<float> value[kTiles + 1][2];
+
+  // Of columns 8 tile0 ... of the slice.
+  TORUS_DEVICE Diagonals(const Slice& slice, int tile0) {
+TORUS_UNROLL
+    for (int d = 0; d <= kTiles; ++d)
+TORUS_UNROLL
+      for (int i = 0; i < 2; ++i) value[d][i] = slice.values.load(slice.index(d + 1 - kTiles - tile0, i));
+  }
+  // At value 2 half + i of a sum.
+  TORUS_DEVICE const Lane<float>& at(int tile, int half, int i) const { return value[half - tile + kTiles - 1][i]; }
+};
+
+// A warp's slices of all streams: biases and, where kSquared, squared distances.
+template <int kStreams, bool kSquared>
+struct Slices {
+  static constexpr int kFloats = kStreams * (kSquared ? 2 : 1) * Slice::kSize;
+  Shared<float> values;  // kFloats, this warp's own
+  bool seen[kStreams];   // whether a stream sees anything of the tile
+
+  TORUS_DEVICE Slice bias(int k) const { return {values, k * Slice::kSize}; }
+  TORUS_DEVICE Slice squared(int k) const { return {values, (kStreams + k) * Slice::kSize}; }
+
+  // Whether any stream does.
+  TORUS_DEVICE bool fill(const Operands& in, const Warp& warp, const OwnRows& own, const OtherPlace& other,
+                         const float (&slope)[kStreams]) {
+    const Schedule& schedule = in.schedule;
+    const TablePlace at = schedule.table_place(own.place, warp.index(), other);
+    if (!own.any || !schedule.meets(at, other)) return false;
+    warp.sync();
+    bool sees = false;
+    const int columns = schedule.table_columns();
+TORUS_UNROLL
+    for (int k = 0; k < kStreams; ++k) {
+      const float* const row = in.squared + (int64_t{1} * k * schedule.table_rows() + at.row) * columns;
+      Lane<bool> visible = false;
+TORUS_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const Lane<int> e = lane_index() + half * kWarpLanes;
+        const Lane<int> column = (e - (kOtherRows - 1)) * schedule.sign() + at.first;
+        const Lane<float> squared = load(row, cast<int64_t>(column), column >= 0 && column < columns, -1.0f);
+        values.store(e + k * Slice::kSize, select(squared >= 0.0f, squared * slope[k], kNegativeInfinity), e < Slice::kSize);
+        if constexpr (kSquared) values.store(e + (kStreams + k) * Slice::kSize, squared, e < Slice::kSize);
+        visible = visible || (squared >= 0.0f && e < Slice::kSize - 1);
+      }
+      seen[k] = any(visible);
+      sees = sees || seen[k];
+    }
+    warp.sync();
+    return sees;
+  }
+};
+
+// Scores of pairs that do not exist, or that first_key hides, become -inf. A query sees keys from its oldest on: own rows
+// are queries and `of_others` the others' tokens, or, mirrored, own rows are keys and `of_others` the others' oldest keys.
+template <bool kMirrored, int kTiles>
+TORUS_DEVICE void hide(Sum (&scores)[kTiles], const Lane<int> (&of_own)[2], const Shared<int>& of_others, int row0) {
+TORUS_UNROLL
+  for (int t = 0; t < kTiles; ++t)
+TORUS_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const Lane<int> theirs = of_others.load(fragment_member() * 2 + (row0 + t * kColumns + i));
+TORUS_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const Lane<bool> seen = kMirrored ? of_own[half] >= theirs : theirs >= of_own[half];
+        scores[t].value[2 * half + i] = select(seen, scores[t].value[2 * half + i], kNegativeInfinity);
+      }
+    }
+}
+
+// Adds rows of float32 sums [16, D] up in a workspace of [T, head_dim], or, where they are complete, hands them on:
+// finish(half, token, column, where, low, high) of two neighbouring columns.
+template <int D, class Finish>
+TORUS_DEVICE void add_rows(const Operands& in, float* workspace, const Lane<int> (&token)[2], const Sum (&sums)[D / kColumns],
+                           Finish finish) {
+  struct alignas(8) Pair {
+    float low, high;
+  };
+  Pair* const pairs = reinterpret_cast<Pair*>(workspace);
+TORUS_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const Lane<int64_t> row = cast<int64_t>(token[half]) * static_cast<int64_t>(in.head_dim);
+TORUS_UNROLL
+    for (int t = 0; t < D / kColumns; ++t) {
+      const Lane<int> column = fragment_member() * 2 + t * kColumns;
+      const Lane<bool> where = token[half] >= 0 && column < in.head_dim;
+      const Lane<int64_t> at = (row + cast<int64_t>(column)) / int64_t{2};
+      Lane<float> low = sums[t].value[2 * half], high = sums[t].value[2 * half + 1];
+      if (!in.begins) {
+        const Lane<Pair> before = load(pairs, at, where, Pair{0.0f, 0.0f});
+        low = low + map([](Pair pair) { return pair.low; }, before);
+        high = high + map([](Pair pair) { return pair.high; }, before);
+      }
+      if (in.ends) {
+        finish(half, token[half], column, where, low, high);
+      } else {
+        store(pairs, at, map([](float x, float y) { return Pair{x, y}; }, low, high), where);
+      }
+    }
+  }
+}
+
+// Two neighbouring elements of rows of tokens.
+template <class E>
+TORUS_DEVICE Lane<uint32_t> load_pair(const E* rows, const Lane<int64_t>& element, const Lane<bool>& where) {
+  return load(reinterpret_cast<const uint32_t*>(rows), element / int64_t{2}, where, 0u);
+}
+template <class E>
+TORUS_DEVICE void store_pair(E* rows, const Lane<int64_t>& element, const Lane<float>& low, const Lane<float>& high,
+                             const Lane<bool>& where) {
+  store(reinterpret_cast<uint32_t*>(rows), element / int64_t{2},
+        map([](float x, float y) { return pack_pair<E>(x, y); }, low, high), where);
+}
+
+}  // namespace torus::cuda
