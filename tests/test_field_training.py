@@ -20,7 +20,9 @@ from torus_model.field.losses import relative_l2
 from torus_model.field.networks import NETWORKS
 from torus_model.field.run import FieldRun, augment
 from torus_model.field.train import FieldTrainConfig, load_field_model, resumable_configs, train
-from torus_model.run import TrainingError, learning_rate_factor, make_optimizer
+from torus_model.optimizer import make_optimizer
+from torus_model.run import TrainingError
+from torus_model.schedules import learning_rate_factor
 
 MODEL = FieldConfig(grid=(8, 8), history=2, patch=2, width=16, layers=2, heads=2, cross_radius=(1, 2), modes=3)
 

@@ -17,7 +17,9 @@ from torus_model import ModelConfig, TorusLM
 from torus_model.checkpoint import CheckpointError, load_model
 from torus_model.data import DataError, fixed_batches
 from torus_model.evaluation import score
-from torus_model.run import Run, learning_rate_factor, make_optimizer, training_step
+from torus_model.optimizer import make_optimizer
+from torus_model.run import Run, training_step
+from torus_model.schedules import learning_rate_factor
 from torus_model.tokenizer import ByteTokenizer
 from torus_model.train import TrainConfig, TrainingError, resumable_config, steps_per_second, train
 

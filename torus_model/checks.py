@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import numbers
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -46,3 +47,20 @@ def check_numbers(
             raise TypeError(f"{name} must be a number, got {value!r}")
         if not where(float(value)):
             raise ValueError(f"{name} must be {needs}, got {value}")
+
+
+def check_tuple(
+    config: object, name: str, *, where: Callable[[float], bool], needs: str, integers: bool = False,
+    ascending: bool = False,
+) -> None:
+    """Raises where a field is not a sequence of numbers, or integers, that each satisfy ``where``, which ``needs`` puts
+    in words, and rise if ``ascending``. Keeps it as a tuple, also where it came from JSON as a list."""
+    values = getattr(config, name)
+    kinds, noun = (int, "integers") if integers else (numbers.Real, "numbers")
+    if not isinstance(values, (tuple, list)) or any(isinstance(x, bool) or not isinstance(x, kinds) for x in values):
+        raise TypeError(f"{name} must be {noun}, got {values!r}")
+    if not all(where(float(x)) for x in values):
+        raise ValueError(f"{name} must be {needs}, got {' '.join(map(str, values))}")
+    if ascending and any(a >= b for a, b in itertools.pairwise(values)):
+        raise ValueError(f"{name} must ascend, got {' '.join(map(str, values))}")
+    object.__setattr__(config, name, tuple(values))  # of a frozen dataclass

@@ -10,6 +10,7 @@ from typing import Any
 
 from .checks import check_numbers, check_positive_integers, check_seed
 from .data import DEFAULT_MAX_BYTES
+from .dynamics import DynamicsConfig
 from .lm import ModelConfig
 from .tokenizer import ByteTokenizer
 
@@ -23,8 +24,10 @@ al. 2019, table 2). The vocabulary is the tokenizer's."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(DynamicsConfig):
     """Everything that determines a run. Exactly one of ``steps`` and ``seconds`` is its budget.
+
+    What changes while the run goes on is in the fields of `DynamicsConfig`.
 
     Args:
         model: the architecture; its vocabulary must be that of the tokenizer.
@@ -40,7 +43,7 @@ class TrainConfig:
         test_fraction: part of the text, at its end, that the run does not look at; 0 for none.
         seq_len: tokens per sequence.
         batch_size: sequences per step.
-        learning_rate: peak of the schedule: a linear warm-up, then a half cosine.
+        learning_rate: peak of the schedule: a linear warm-up, then by default a half cosine.
         warmup: part of the budget that the warm-up takes.
         final_learning_rate: where the schedule begins and ends, as a part of the peak.
         accumulate: how many parts the sequences of a step are split into, whose gradients add up: less memory for the
@@ -88,6 +91,7 @@ class TrainConfig:
     backend: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.steps is None) == (self.seconds is None):
             raise ValueError("a run has a budget of either steps or seconds: give exactly one")
         check_positive_integers(

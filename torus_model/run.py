@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer
 
 from . import checkpoint, data
 from .checkpoint import CheckpointError
@@ -19,6 +18,8 @@ from .config import TrainConfig
 from .evaluation import score
 from .history import History, Validation
 from .lm import TorusLM
+from .optimizer import make_optimizer
+from .schedules import make_schedule
 from .tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 _MAY_CHANGE_ON_RESUME = (
@@ -30,27 +31,6 @@ _MAY_CHANGE_ON_RESUME = (
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why."""
-
-
-def make_optimizer(
-    model: nn.Module,
-    learning_rate: float,
-    weight_decay: float,
-    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding),
-) -> Optimizer:
-    """AdamW that decays the matrices of these kinds of modules, by default linear layers and the embedding, but no
-    gain, bias, stream logit, raw decay or raw alpha."""
-    matrices = {
-        id(parameter)
-        for module in model.modules() if isinstance(module, kinds)
-        for parameter in module.parameters(recurse=False) if parameter.ndim > 1
-    }
-    decayed: list[tuple[str, nn.Parameter]] = []
-    rest: list[tuple[str, nn.Parameter]] = []
-    for name, parameter in model.named_parameters():
-        (decayed if id(parameter) in matrices else rest).append((name, parameter))
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 def training_step(
@@ -88,20 +68,6 @@ def training_step(
     nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     return mean
-
-
-def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
-    """Part of the peak learning rate after the part ``progress`` of the budget: from ``final`` up to 1, and back."""
-    if progress < warmup:
-        height = progress / warmup
-    else:
-        height = 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
-    return final + (1 - final) * height
-
-
-def make_schedule(optimizer: Optimizer, warmup: float, final: float, progress: Callable[[], float]) -> LambdaLR:
-    """Learning rates by `learning_rate_factor` of the ``progress`` at every step."""
-    return LambdaLR(optimizer, lambda _: learning_rate_factor(progress(), warmup, final))
 
 
 class _Stopwatch:
@@ -146,11 +112,18 @@ class Run:
         self.model = TorusLM(
             config.model, backend=config.backend, activation_checkpointing=config.activation_checkpointing
         )
-        self.optimizer = make_optimizer(self.model, config.learning_rate, config.weight_decay)
-        self.scheduler = make_schedule(
-            self.optimizer, config.warmup, config.final_learning_rate, lambda: self.progress
-        )
+        self._make_optimizer()
         self.generator = torch.Generator().manual_seed(config.seed)
+
+    def _make_optimizer(self) -> None:
+        config = self.config
+        self.optimizer = make_optimizer(
+            self.model, config.learning_rate, config.weight_decay, layer_decay=config.layer_decay
+        )
+        self.scheduler = make_schedule(
+            self.optimizer, config.warmup, config.final_learning_rate, lambda: self.progress, config.schedule,
+            config.milestones, config.milestone_factor,
+        )
 
     @property
     def step(self) -> int:

@@ -27,7 +27,8 @@ from .config import TrainConfig
 from .files import remove_leftovers
 from .history import History, Validation
 from .lm import ModelConfig, TorusLM
-from .run import Run, TrainingError, make_optimizer, training_step
+from .optimizer import make_optimizer
+from .run import Run, TrainingError, training_step
 from .tensorboard import TensorBoardLog
 
 __all__ = [
@@ -189,7 +190,7 @@ def train(
                 loss = run.advance()
                 bar.update(loss)
                 if log is not None:
-                    log.write_step(run.step, loss, float(run.scheduler.get_last_lr()[0]))
+                    log.write_step(run.step, loss, max(map(float, run.scheduler.get_last_lr())))
                 if (due := int(run.progress * config.validations)) > validated:
                     record()
                     validated = due

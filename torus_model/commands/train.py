@@ -22,6 +22,7 @@ from ..options import stream_names
 from ..tensorboard import import_writer
 from ..tokenizer import load_tokenizer
 from ..train import TrainConfig, resumable_config, train
+from .dynamics_options import add_dynamics_options
 from .options import check_backend
 
 HELP = "train on text"
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(budget, "--steps", "train for this many steps; such a run is reproducible", type=int)
     _add_text_options(parser.add_argument_group("text"), run)
     _add_training_options(parser.add_argument_group("training"), run)
+    add_dynamics_options(parser.add_argument_group("dynamic training"), run)
     _add_model_options(parser.add_argument_group("model"), model)
 
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..checkpoint import CheckpointError
-from ..run import TrainingError, make_optimizer, make_schedule
+from ..optimizer import make_optimizer
+from ..run import TrainingError
+from ..schedules import make_schedule
 from .baselines.fourier import SpectralConvolution
 from .config import FieldConfig
 from .data import FieldData, Windows, split
