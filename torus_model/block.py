@@ -9,6 +9,12 @@ from torch import Tensor, nn
 from torus_kernels import TorusLattice
 
 from .attention import TorusAttention
+from .moe import MixtureOfExperts
+
+
+def feed_forward(width: int, hidden: int) -> nn.Sequential:
+    """A GELU layer, ``[..., width]`` in and out."""
+    return nn.Sequential(nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, width, bias=False))
 
 
 class AttentionBlock(nn.Module):
@@ -19,19 +25,28 @@ class AttentionBlock(nn.Module):
         attention: takes tokens ``[B, T, width]`` and the state of the block before, and returns both anew.
         ff_width: hidden size of the GELU feed-forward layer; ``4 * width`` by default.
         dropout: probability on the output of each branch.
+        experts: how many feed-forward layers there are, all of this size, in a `MixtureOfExperts` where there are more
+            than one.
+        experts_per_token: how many of them a token goes through.
     """
 
     def __init__(
-        self, width: int, attention: nn.Module, *, ff_width: int | None = None, dropout: float = 0.0
+        self,
+        width: int,
+        attention: nn.Module,
+        *,
+        ff_width: int | None = None,
+        dropout: float = 0.0,
+        experts: int = 1,
+        experts_per_token: int = 2,
     ) -> None:
         super().__init__()
         ff_width = 4 * width if ff_width is None else ff_width
         self.attention_norm = nn.RMSNorm(width)
         self.attention = attention
         self.ff_norm = nn.RMSNorm(width)
-        self.ff = nn.Sequential(
-            nn.Linear(width, ff_width, bias=False), nn.GELU(), nn.Linear(ff_width, width, bias=False)
-        )
+        layers = [feed_forward(width, ff_width) for _ in range(experts)]
+        self.ff = layers[0] if experts == 1 else MixtureOfExperts(layers, width, experts_per_token)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, state: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -45,7 +60,7 @@ class TorusBlock(AttentionBlock):
     """A block of torus attention; `forward` takes the arguments of `TorusAttention.forward`.
 
     Args:
-        width, ff_width, dropout: as in `AttentionBlock`.
+        width, ff_width, dropout, experts, experts_per_token: as in `AttentionBlock`.
         heads, lattice, kv_heads, token_gated, compounding, backend: as in `TorusAttention`.
     """
 
@@ -61,8 +76,12 @@ class TorusBlock(AttentionBlock):
         token_gated: bool = False,
         compounding: bool = False,
         backend: str | None = None,
+        experts: int = 1,
+        experts_per_token: int = 2,
     ) -> None:
         attention = TorusAttention(
             width, heads, lattice, kv_heads=kv_heads, token_gated=token_gated, compounding=compounding, backend=backend
         )
-        super().__init__(width, attention, ff_width=ff_width, dropout=dropout)
+        super().__init__(
+            width, attention, ff_width=ff_width, dropout=dropout, experts=experts, experts_per_token=experts_per_token
+        )

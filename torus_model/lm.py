@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from torus_kernels.checks import parameter_dtype
 
 from .block import TorusBlock
 from .checks import check_heads, check_numbers, check_positive_integers
+from .moe import MixtureOfExperts, collected_balance
 
 if TYPE_CHECKING:
     from .cache import LMCache
@@ -38,6 +40,11 @@ class ModelConfig:
         token_gated: stream weights from each token; otherwise one set per head.
         dropout: probability on the output of each branch of a block.
         compounding: blend the attention of every layer but the first into that of the layer before.
+        experts: feed-forward layers in each block, each with ``ff_width`` hidden units; where there are more than one,
+            a router sends each token to ``experts_per_token`` of them, as in `MixtureOfExperts`.
+        experts_per_token: at most ``experts``; not looked at where there is one.
+        balance_weight: of the load-balancing loss of every block with several experts, added to the loss in training
+            (Fedus et al. 2021, equation 4, where it is 0.01).
 
     Raises:
         TypeError, ValueError: a field has the wrong type or value; the message names it.
@@ -57,13 +64,23 @@ class ModelConfig:
     token_gated: bool = True
     dropout: float = 0.0
     compounding: bool = True
+    experts: int = 1
+    experts_per_token: int = 2
+    balance_weight: float = 0.01
 
     def __post_init__(self) -> None:
-        check_positive_integers(self, "vocab_size", "width", "layers", "heads", optional=("kv_heads", "ff_width"))
+        check_positive_integers(
+            self, "vocab_size", "width", "layers", "heads", "experts", "experts_per_token",
+            optional=("kv_heads", "ff_width"),
+        )
         check_heads(self.width, self.heads)
         if self.kv_heads is not None and self.heads % self.kv_heads != 0:
             raise ValueError(f"kv_heads must divide heads = {self.heads}, got {self.kv_heads}")
         check_numbers(self, "dropout", where=lambda x: 0 <= x < 1, needs="at least 0 and below 1")
+        check_numbers(self, "balance_weight", where=lambda x: 0 <= x < math.inf, needs="at least 0")
+        if 1 < self.experts < self.experts_per_token:
+            raise ValueError(f"experts_per_token must be at most experts = {self.experts}, "
+                             f"got {self.experts_per_token}")
         lattice = self.lattice  # checks the lattice's fields
         # One form for each value, whatever collection it came in: configurations compare and travel through JSON.
         object.__setattr__(self, "cross_radius", lattice.cross_radius)
@@ -94,10 +111,13 @@ def initialise(embedding: nn.Embedding, blocks: nn.ModuleList) -> None:
     nn.init.normal_(embedding.weight, std=0.02)
     for block in blocks:
         attention = block.attention
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, block.ff[0]):
+        mixture = isinstance(block.ff, MixtureOfExperts)
+        experts, routers = (block.ff.experts, [block.ff.router]) if mixture else ([block.ff], [])
+        first, last = zip(*((expert[0], expert[2]) for expert in experts), strict=True)
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, *first, *routers):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         # 2 * layers branches add up in the residual stream (GPT-2, Radford et al. 2019, section 2.3).
-        for linear in (attention.out_proj, block.ff[2]):
+        for linear in (attention.out_proj, *last):
             nn.init.normal_(linear.weight, std=(2 * len(blocks) * linear.in_features) ** -0.5)
 
 
@@ -126,7 +146,7 @@ class TorusLM(nn.Module):
             TorusBlock(
                 config.width, config.heads, lattice, ff_width=config.ff_width, dropout=config.dropout,
                 kv_heads=config.kv_heads, token_gated=config.token_gated, compounding=config.compounding and layer > 0,
-                backend=backend,
+                backend=backend, experts=config.experts, experts_per_token=config.experts_per_token,
             )
             for layer in range(config.layers)
         )
@@ -166,6 +186,11 @@ class TorusLM(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight)
 
     def loss(self, tokens: Tensor, targets: Tensor, *, first_key: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy of the next tokens ``targets`` ``[B, T]``, in nats per token; -100 is no target."""
-        logits = self(tokens, first_key=first_key).flatten(0, 1)
-        return F.cross_entropy(logits.to(parameter_dtype(logits.dtype)), targets.flatten())
+        """Mean cross-entropy of the next tokens ``targets`` ``[B, T]``, in nats per token; -100 is no target. In
+        training mode `collected_balance` of blocks with several experts is added, times ``balance_weight``."""
+        with collected_balance(self) as balance:
+            logits = self(tokens, first_key=first_key).flatten(0, 1)
+        loss = F.cross_entropy(logits.to(parameter_dtype(logits.dtype)), targets.flatten())
+        if self.training and balance:
+            loss = loss + self.config.balance_weight * torch.stack(balance).sum()
+        return loss

@@ -103,6 +103,11 @@ def _add_model_options(architecture: Any, model: ModelConfig) -> None:
     add(architecture, "--heads", "query heads", model.heads, type=int)
     add(architecture, "--kv-heads", "key and value heads (default: as many as query heads)", type=int)
     add(architecture, "--ff-width", "hidden size of the feed-forward layers (default: 4 * width)", type=int)
+    add(architecture, "--experts", "feed-forward layers in each block; of several, every token goes through a few",
+        model.experts, type=int)
+    add(architecture, "--experts-per-token", "how many of them", model.experts_per_token, type=int, metavar="K")
+    add(architecture, "--balance-weight", "weight of the loss that keeps all experts in use", model.balance_weight,
+        type=float)
     add(architecture, "--n-major", "sites of the lattice along the major loop", model.n_major, type=int)
     add(architecture, "--n-minor", "sites of the lattice along the minor loop", model.n_minor, type=int)
     add(architecture, "--winding", "minor steps of the spirals per major step", model.winding, type=int)
