@@ -6,6 +6,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from support import Backend
 
+import torus_kernels.backends.triton as triton_backend
 from torus_kernels.backends import BACKENDS, unavailable
 
 # Tests name the backend they run on; a variable left over from the shell would overrule the defaults under test.
@@ -16,6 +17,8 @@ torch.set_num_threads(1)
 
 if Backend("triton").is_interpreted:
     interpreter.redefine_the_language_once()
+    interpreter.compute_bfloat16()
+    triton_backend.INTERPRETED_DTYPES.add(torch.bfloat16)
 
 _QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("default", max_examples=40, derandomize=True, **_QUIET)

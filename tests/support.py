@@ -42,10 +42,8 @@ class Backend:
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Dtypes the operator's definition asks of the backend; float64 on a GPU belongs to ``reference``."""
-        if self.is_interpreted:
-            return (torch.float32, torch.float16)  # its matrix products are wrong in bfloat16
         low = (torch.float32, torch.float16, torch.bfloat16)
-        return low if self.device == "cuda" else (torch.float64, *low)
+        return low if self.name in ("triton", "cuda") else (torch.float64, *low)
 
     @property
     def exact_dtype(self) -> torch.dtype:

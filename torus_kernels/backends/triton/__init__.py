@@ -17,6 +17,9 @@ name = "triton"
 
 MIN_CAPABILITY = (8, 0)
 
+INTERPRETED_DTYPES = {torch.float32, torch.float16}
+"""Dtypes that Triton's interpreter computes rightly: it multiplies the bits of bfloat16."""
+
 _OPERATORS = {
     "attention_forward": ".forward",
     "attention_backward": ".backward",
@@ -70,6 +73,6 @@ def can_run(problem: Problem) -> str | None:
         return f"it runs on {where}, and these tensors are on {problem.device}"
     if problem.dtype == torch.float64:
         return "it has no float64"
-    if problem.dtype == torch.bfloat16 and interpreting():
-        return "Triton's interpreter multiplies bfloat16 matrices wrongly"
+    if interpreting() and problem.dtype not in INTERPRETED_DTYPES:
+        return f"Triton's interpreter computes {problem.dtype} wrongly"
     return None

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..primitives.lattice import CAUSAL, CROSS_U_TO_V, CROSS_V_TO_U, CYLINDER, NUM_STREAMS, oldest_key
 from ..primitives.softmax import LOG2E, bias_slope
-from ..primitives.tiles import dot_cast, dot_transposed, gate_rows, load_rows, store_rows
+from ..primitives.tiles import dot_transposed, dot_twice, gate_rows, load_rows, store_rows
 from ..primitives.window import bias_along, row_tokens, seen_along, tile_sites
 from .operands import (
     HAS_STATE,
@@ -181,7 +181,7 @@ def cross_by_queries(
                             b_squared * wide_unit_v * d_scores_wide
                         sum_tall += (a_squared * tall_unit_u)[:, None] * d_scores_tall + \
                             b_squared * tall_unit_v * d_scores_tall
-                        d_q = dot_cast(d_scores_wide + d_scores_tall, k, PRECISION, d_q)
+                        d_q = dot_twice(d_scores_wide + d_scores_tall, k, PRECISION, d_q)
                 if sweep == 0:
                     normaliser_wide += tl.sum(total_wide, axis=1)
                     normaliser_tall += tl.sum(total_tall, axis=1)

@@ -28,7 +28,7 @@ from ..primitives.lattice import (
     strand,
 )
 from ..primitives.softmax import LOG2E, bias_slope
-from ..primitives.tiles import dot_cast, dot_transposed, load_rows
+from ..primitives.tiles import dot_transposed, dot_twice, load_rows
 from .operands import (
     accumulate_rows,
     base_of,
@@ -137,7 +137,7 @@ def _queries_of_line(
                     partner_d_scores = partner_gates * partner_probs * (d_probs - partner_delta[:, None])
                     partner_decay_sum += tl.sum(squared * partner_d_scores, axis=1)
                     d_scores += partner_d_scores
-                d_q = dot_cast(d_scores, k, PRECISION, d_q)
+                d_q = dot_twice(d_scores, k, PRECISION, d_q)
         if sweep == 0 and not ONE_TILE:
             delta *= inverse(total)
             partner_delta *= inverse(partner_total)

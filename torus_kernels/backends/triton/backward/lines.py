@@ -29,7 +29,7 @@ from ..primitives.lattice import (
     strand,
 )
 from ..primitives.softmax import LOG2E, bias_slope
-from ..primitives.tiles import dot_cast, dot_transposed, load_rows
+from ..primitives.tiles import dot_cast, dot_transposed, dot_twice, load_rows
 from .operands import (
     accumulate_rows,
     base_of,
@@ -129,10 +129,9 @@ def _visit(
         weighted += partner_weighted
         d_scores += partner_weighted * (d_probs - _along_queries(partner_delta, WHOLE_LINE))
     if WHOLE_LINE:
-        d_scores = d_scores.to(k.dtype)
         d_v = dot_cast(tl.trans(weighted.to(k.dtype)), d_out, PRECISION, d_v)
-        d_k = dot_cast(tl.trans(d_scores), q, PRECISION, d_k)
-        d_q = scale * dot_cast(d_scores, k, PRECISION)  # [BLOCK_M, D]
+        d_k = dot_cast(tl.trans(d_scores.to(k.dtype)), q, PRECISION, d_k)
+        d_q = scale * dot_twice(d_scores, k, PRECISION)  # [BLOCK_M, D]
         d_q_base = partial_of(operands.d_q, slot, num_heads, local_head, seq_len, D)
         accumulate_rows(d_q_base, token, valid, d_q, ACCUMULATE, D, BLOCK_D)
     else:

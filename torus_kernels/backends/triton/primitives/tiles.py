@@ -69,3 +69,17 @@ def dot_transposed(a, b, PRECISION: tl.constexpr):
 def dot_cast(probabilities, b, PRECISION: tl.constexpr, acc=None):
     """``acc + probabilities @ b`` of float32 ``[M, K]`` rounded to the dtype of ``b`` ``[K, N]``, in float32."""
     return tl.dot(probabilities.to(b.dtype), b, acc=acc, input_precision=PRECISION)
+
+
+@triton.jit
+def dot_twice(differences, b, PRECISION: tl.constexpr, acc=None):
+    """`dot_cast` of numbers that cancel: rounded to a 16-bit dtype once, and what was rounded away once more.
+
+    The score gradients of a query sum to zero. Rounded once they no longer do, and a part that all its keys have in
+    common, which should vanish from the query's gradient, shows up there.
+    """
+    rounded = differences.to(b.dtype)
+    acc = tl.dot(rounded, b, acc=acc, input_precision=PRECISION)
+    if b.dtype != tl.float32:
+        acc = tl.dot((differences - rounded.to(tl.float32)).to(b.dtype), b, acc=acc)
+    return acc
