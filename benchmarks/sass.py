@@ -243,17 +243,20 @@ def device_properties(capability: int) -> SimpleNamespace:
 def _pretended_device(capability: int) -> Iterator[None]:
     from triton.runtime.driver import driver
 
+    from torus_kernels.backends.triton.launching import l2_bytes
+
     before = driver._active
     driver.set_active(_Offline(capability))
+    l2_bytes.cache_clear()  # it may know the tensors' device under another capability
     try:
         with (
             mock.patch("torch.cuda.get_device_properties", lambda device=None: device_properties(capability)),
-            mock.patch("torch.cuda.get_device_capability", lambda device=None: divmod(capability, 10)),
             mock.patch("torch.cuda.current_device", lambda: 0),
         ):
             yield
     finally:
         driver._active = before
+        l2_bytes.cache_clear()
 
 
 def compile_launches(function: Callable[[], object], capability: int) -> list[Code]:

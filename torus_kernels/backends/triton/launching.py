@@ -1,29 +1,22 @@
-"""What the forward and the backward pass share on the host: devices, chunks of heads, the window's arguments."""
+"""What the forward and the backward pass share on the host: devices, chunks of heads, the cross flows."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...lattice import TorusLattice
+from ...lattice import Stream, TorusLattice
 from .primitives.lattice import cross_window
 
 
 @functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of the tensors' device; the interpreter plays an early one."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-
-
-@functools.cache
 def l2_bytes(device: torch.device) -> int:
-    """Size of the device's L2 cache; a guess under the interpreter."""
-    if device.type != "cuda":
-        return 1 << 25
-    return torch.cuda.get_device_properties(device).L2_cache_size
+    """Size of the device's L2 cache; a guess for tensors on the CPU, under the interpreter."""
+    return 1 << 25 if device.type == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size
 
 
 MAX_GRID_Y = 65535
@@ -40,18 +33,46 @@ def chunk_heads(heads: int, head_bytes: int, device: torch.device) -> int:
     return min(fitting, MAX_GRID_Y)
 
 
-_NO_WINDOW = (0.0,) * 4
+class Flow(NamedTuple):
+    """A cross flow as kernels take it; without a stream, what is left to do where neither takes part."""
+
+    stream: int  # or -1
+    arguments: tuple[int | float, ...]  # num_rows, num_cols, a_lo, a_hi, b_lo, b_hi, inverse squares of the radii
+    by_rows: bool  # whether keys are walked by rows of the lattice: along the shorter axis of the window
+    width: int  # displacements along the longer one
+
+    def tile(self, across: int, along: int) -> tuple[int, int]:
+        """``(TILE_U, TILE_V)`` of a tile with that many sites along either axis."""
+        return (across, along) if self.by_rows else (along, across)
+
+    def tiles(self, across: int, along: int) -> int:
+        """Tiles of the lattice."""
+        tile_u, tile_v = self.tile(across, along)
+        return -(-self.arguments[0] // tile_u) * -(-self.arguments[1] // tile_v)
+
+
+_FLOWS = (Stream.cross_u_to_v, Stream.cross_v_to_u)
 
 
 @functools.lru_cache(maxsize=256)
-def window_arguments(lattice: TorusLattice, seq_len: int) -> tuple[int | float, ...]:
-    """The window as kernels of the cross flows take it, from ``a_lo`` on."""
+def cross_flows(lattice: TorusLattice, seq_len: int) -> tuple[Flow, ...]:
+    """The cross flows that take part, in order, each with the window that it sees; or one that is none."""
     window = cross_window(lattice, seq_len)
     if window is None:
         rows, cols = -(-seq_len // lattice.n_minor), min(lattice.n_minor, seq_len)
-        return (0, 0, 0, 0, rows, cols, 0, 0, 0, 0, *_NO_WINDOW)
-    return (window.a_lo, window.a_hi, window.b_lo, window.b_hi, window.num_rows, window.num_cols, *window.radii,
-            *window.inverse_squares)
+        return (Flow(-1, (rows, cols, 0, 0, 0, 0, 0.0, 0.0), True, 1),)
+    flows = []
+    for place, stream in enumerate(_FLOWS):
+        if stream in lattice.streams:
+            radius_u, radius_v = window.radii[2 * place:2 * place + 2]
+            a_lo, a_hi = max(window.a_lo, -radius_u), min(window.a_hi, radius_u)
+            b_lo, b_hi = max(window.b_lo, -radius_v), min(window.b_hi, radius_v)
+            flows.append(Flow(
+                stream.index, (window.num_rows, window.num_cols, a_lo, a_hi, b_lo, b_hi,
+                               *window.inverse_squares[2 * place:2 * place + 2]),
+                a_hi - a_lo <= b_hi - b_lo, 1 + max(a_hi - a_lo, b_hi - b_lo),
+            ))
+    return tuple(flows)
 
 
 def rows(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ....lattice import NUM_STREAMS, TorusLattice
-from ..launching import MAX_GRID_Y, chunk_heads, l2_bytes, on_device, rows, window_arguments
+from ..launching import MAX_GRID_Y, chunk_heads, cross_flows, l2_bytes, on_device, rows
 from ..primitives.lattice import LineFamily, line_families, line_programs
 from ..primitives.tiles import MIN_BLOCK, block_d, input_precision
 from .cross import cross_by_queries
@@ -49,9 +49,11 @@ class LineLaunch(NamedTuple):
 
 
 class CrossLaunch(NamedTuple):
-    tile_u: int
-    tile_v: int
-    block: int  # the other side of a score tile: columns of one row
+    """Tiles of a cross flow, of sites across and along the steps of the walk around them."""
+
+    across: int
+    along: int
+    block: int  # the other side of a score tile: sites of one step
     num_warps: int
     num_stages: int
 
@@ -94,14 +96,12 @@ def line_launches(lattice: TorusLattice, seq_len: int, head_dim: int, dtype: tor
 
 
 @functools.lru_cache(maxsize=256)
-def cross_launch(lattice: TorusLattice, seq_len: int, head_dim: int, dtype: torch.dtype) -> CrossLaunch:
-    """Tiles of a few rows of 16 sites; rows of the other side as wide as the tile and its halo, or half."""
-    wide = block_d(head_dim)
-    rows_of_tile = 1 if wide > 128 else 2 if dtype == torch.float32 else 4
-    tile_u, tile_v = rows_of_tile, 16
-    b_lo, b_hi = window_arguments(lattice, seq_len)[2:4]
+def cross_launch(width: int, head_dim: int, dtype: torch.dtype) -> CrossLaunch:
+    """Tiles 16 sites long, and steps as long as a tile with its halo, or half, where the window is ``width`` long."""
+    wide, along = block_d(head_dim), 16
+    across = 1 if wide > 128 else 2 if dtype == torch.float32 else 4
     limit = 32 if wide <= (128 if dtype != torch.float32 else 64) else 16
-    return CrossLaunch(tile_u, tile_v, _power(tile_v + b_hi - b_lo, limit), 4, 2 if wide <= 64 else 1)
+    return CrossLaunch(across, along, _power(along + width - 1, limit), 4, 2 if wide <= 64 else 1)
 
 
 def _constants(blocks: Blocks) -> dict[str, int]:
@@ -113,23 +113,24 @@ def _strided(x: Tensor | None) -> Strided:
     return Strided(None, 0, 0, 0) if x is None else Strided(x, *x.stride()[:3])
 
 
-def _chunk(pairs: int, group: int, num_families: int, seq_len: int, head_dim: int, device: torch.device):
+def _chunk(pairs: int, group: int, contributions: int, seq_len: int, head_dim: int, device: torch.device):
     """``(slots, key/value heads)`` of a chunk's workspaces, which are to stay in the L2 cache.
 
-    Where there is room every line family has sums of its own, and all of them run at once; otherwise they run one
-    after another and share one slot.
+    Where there is room every line family, and the first of two cross flows, has sums of its own, and all lines run at
+    once; otherwise they run one after another and share one slot.
     """
     slot_bytes = 4 * (group + 2) * seq_len * head_dim
-    slots = num_families if num_families * slot_bytes <= 0.75 * l2_bytes(device) else min(num_families, 1)
+    slots = contributions if contributions * slot_bytes <= 0.75 * l2_bytes(device) else min(contributions, 1)
     return slots, min(chunk_heads(pairs, slots * slot_bytes, device), max(1, MAX_GRID_Y // group))
 
 
 def _line_visits(
-    launches: tuple[LineLaunch, ...], slots: int
+    launches: tuple[LineLaunch, ...], apart: bool
 ) -> Iterator[tuple[LineLaunch, tuple[LineFamily, ...], int, bool]]:
-    """``(launch, families of its grid, mask of the families that have slots, accumulate)`` in order."""
+    """``(launch, families of its grid, mask of the families that have slots, accumulate)`` in order, where the families
+    have slots ``apart`` from each other or share one."""
     all_families = [family for launch in launches for family in launch.families]
-    if slots == len(all_families):
+    if apart:
         for launch in launches:
             yield launch, launch.families, _mask(all_families), False
         return
@@ -175,13 +176,16 @@ def attention_backward(
         gates += HAS_STATE.value
 
     launches = line_launches(lattice, seq_len, head_dim, q.dtype)
-    cross = cross_launch(lattice, seq_len, head_dim, q.dtype)
-    window = window_arguments(lattice, seq_len)
-    tiles = -(-window[4] // cross.tile_u) * -(-window[5] // cross.tile_v)
+    flows = cross_flows(lattice, seq_len)
+    crosses = [cross_launch(flow.width, head_dim, q.dtype) for flow in flows]
+    tiles = [flow.tiles(cross.across, cross.along) for flow, cross in zip(flows, crosses, strict=True)]
     num_families = sum(len(launch.families) for launch in launches)
 
-    programs = sum(line_programs(launch.families, launch.row_block, 1) for launch in launches)
-    slots, chunk = _chunk(batch * kv_heads, group, num_families, seq_len, head_dim, q.device)
+    line_part = sum(line_programs(launch.families, launch.row_block, 1) for launch in launches)
+    programs = line_part + (sum(tiles) if flows[0].stream >= 0 else 0)
+    contributions = num_families + len(flows) - 1
+    slots, chunk = _chunk(batch * kv_heads, group, contributions, seq_len, head_dim, q.device)
+    apart = slots == contributions
 
     def workspace(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -194,7 +198,7 @@ def attention_backward(
         d_q=workspace(slots, chunk * group, seq_len, head_dim), d_k=workspace(slots, chunk, seq_len, head_dim),
         d_v=workspace(slots, chunk, seq_len, head_dim),
     )
-    parameter_sums = workspace(batch * heads, tiles, PARAMETER_SUMS.value)
+    parameter_sums = workspace(batch * heads, tiles[-1], PARAMETER_SUMS.value)
     results = Results(
         _strided(d_q), _strided(d_k), _strided(d_v), _strided(d_state), d_weights if token_weights else None,
         d_alpha if token_alpha else None, parameter_sums,
@@ -204,15 +208,13 @@ def attention_backward(
         "HAS_FIRST_KEY": first_key is not None, "PRECISION": input_precision(q.dtype), "D": head_dim,
         "BLOCK_D": block_d(head_dim),
     }
-    cross_options = {**shared, "NUM_SLOTS": slots, "TILE_U": cross.tile_u, "TILE_V": cross.tile_v,
-                     "num_warps": cross.num_warps, "num_stages": cross.num_stages}
     sizes = (heads, group, seq_len, lattice.n_major, lattice.n_minor, lattice.winding, float(scale))
     cross_sizes = (heads, group, seq_len, lattice.n_major, lattice.n_minor, float(scale))
     with on_device(q):
         for first in range(0, batch * kv_heads, chunk):
             pairs = min(chunk, batch * kv_heads - first)
             first_program = 0
-            for launch, visited, families, accumulate in _line_visits(launches, slots):
+            for launch, visited, families, accumulate in _line_visits(launches, apart):
                 longest = max(family.length for family in visited)
                 options = {**shared, "FAMILIES": families, "GRID_FAMILIES": _mask(visited), "ACCUMULATE": accumulate}
                 if launch.queries is not None:
@@ -230,13 +232,19 @@ def attention_backward(
                     **_constants(launch.keys), **options,
                 )
                 first_program += line_programs(visited, launch.row_block, 1)
-            cross_by_queries[tiles, pairs * group](
-                operands, results, *cross_sizes, first * group, *window, BLOCK_N=cross.block, **cross_options,
-            )
-            cross_by_keys[tiles, pairs](
-                operands, results, *cross_sizes, first, *window, BLOCK_M=cross.block, **cross_options,
-            )
+            for block, kernel in (("BLOCK_N", cross_by_queries), ("BLOCK_M", cross_by_keys)):
+                for place, (flow, cross) in enumerate(zip(flows, crosses, strict=True)):
+                    tile_u, tile_v = flow.tile(cross.across, cross.along)
+                    by_queries = kernel is cross_by_queries
+                    numbers = (line_part + sum(tiles[:place]), programs) if by_queries else ()
+                    kernel[tiles[place], pairs * group if by_queries else pairs](
+                        operands, results, *cross_sizes, first * group if by_queries else first, *numbers,
+                        *flow.arguments, FLOW=flow.stream, BY_ROWS=flow.by_rows, FINISH=place == len(flows) - 1,
+                        SLOT=num_families if apart else 0, NUM_SLOTS=slots, ACCUMULATE=not apart and num_families > 0,
+                        TILE_U=tile_u, TILE_V=tile_v, num_warps=cross.num_warps, num_stages=cross.num_stages,
+                        **{block: cross.block}, **shared,
+                    )
         reduce_parameters[heads,](
-            parameter_sums, operands.decay_sums, d_weights, d_decay, d_alpha, batch, heads, tiles, programs,
+            parameter_sums, operands.decay_sums, d_weights, d_decay, d_alpha, batch, heads, tiles[-1], programs,
             PER_HEAD_WEIGHTS=not token_weights, PER_HEAD_ALPHA=ema_alpha is not None and not token_alpha, BLOCK=32,
         )

@@ -15,8 +15,8 @@ from ..primitives.tiles import load_rows, store_rows
 ROW_SUMS = tl.constexpr(2 * NUM_STREAMS.value)
 """Floats that query rows keep between kernels: ``delta`` of the eight streams, then their `inverse` totals."""
 
-PARAMETER_SUMS = tl.constexpr(32)
-"""Floats that a program leaves for the parameters of its head: d_weights, ``sum rho^2 dS``, d_alpha, unused."""
+PARAMETER_SUMS = tl.constexpr(16)
+"""Floats that a program leaves for the gates of its head: d_weights, d_alpha, unused."""
 
 # Bits of GATES, what a call has of gates.
 TOKEN_WEIGHTS = tl.constexpr(1)
@@ -47,8 +47,8 @@ class Operands(NamedTuple):
     lse: Tensor  # [B, H, T, 8] float32, contiguous
     first_key: Tensor | None  # [B, T]
     row_sums: Tensor  # float32 [chunk, T, ROW_SUMS], a chunk of query heads
-    decay_sums: Tensor  # float32 [B * H, programs, 8]: sum rho^2 dS of the line streams
-    d_q: Tensor  # float32 [slots, chunk, T, D]: sums of the line families
+    decay_sums: Tensor  # float32 [B * H, programs, 8]: sum rho^2 dS
+    d_q: Tensor  # float32 [slots, chunk, T, D]: sums of the line families and of the first of two cross flows
     d_k: Tensor  # the same, a chunk of key/value heads
     d_v: Tensor
 
@@ -127,7 +127,7 @@ def inverse(total):
 
 @triton.jit
 def store_decay_sums(operands, head_index, program, num_programs, stream, value, partner_value):
-    """Leaves a program's ``sum rho^2 dS`` of a family's streams, and zeros for the other streams."""
+    """Leaves a program's ``sum rho^2 dS`` of a stream and of the one behind it, and zeros for the other streams."""
     column = tl.arange(0, NUM_STREAMS)
     sums = tl.where(column == stream, value, tl.where(column == stream + 1, partner_value, 0.0))
     tl.store(operands.decay_sums + (head_index.to(tl.int64) * num_programs + program) * NUM_STREAMS + column, sums)
@@ -144,7 +144,7 @@ def add_partials(
     rows, workspace, count, local, seq_len, token, valid, NUM_SLOTS: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``rows`` and what the line families left for them, summed in the order of the families."""
+    """``rows`` and what earlier launches left for them, summed in their order."""
     total = tl.zeros_like(rows)
     for slot in tl.static_range(NUM_SLOTS):
         total += load_rows(partial_of(workspace, slot, count, local, seq_len, D), token, valid, D, D, BLOCK_D)

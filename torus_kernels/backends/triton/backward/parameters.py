@@ -21,23 +21,22 @@ def reduce_parameters(
     """
     head = tl.program_id(0)
     column = tl.arange(0, PARAMETER_SUMS)
-    is_decay = (column >= NUM_STREAMS) & (column < 2 * NUM_STREAMS)
+    stream = tl.arange(0, NUM_STREAMS)
     total = tl.zeros([PARAMETER_SUMS], tl.float32)
+    decay_total = tl.zeros([NUM_STREAMS], tl.float32)
     for element in range(batch):
         index = head.to(tl.int64) + element * heads
         for first in range(0, tiles, BLOCK):
             tile = first + tl.arange(0, BLOCK)
             part = parameter_sums + (index * tiles + tile)[:, None] * PARAMETER_SUMS + column[None, :]
-            mask = (tile < tiles)[:, None] & (column <= 2 * NUM_STREAMS)[None, :]
+            mask = (tile < tiles)[:, None] & (column <= NUM_STREAMS)[None, :]
             total += tl.sum(tl.load(part, mask=mask, other=0.0), axis=0)
         for first in range(0, programs, BLOCK):
             program = first + tl.arange(0, BLOCK)
-            part = decay_sums + (index * programs + program)[:, None] * NUM_STREAMS + (column - NUM_STREAMS)[None, :]
-            mask = (program < programs)[:, None] & is_decay[None, :]
-            total += tl.sum(tl.load(part, mask=mask, other=0.0), axis=0)
-    of_stream = head * NUM_STREAMS + column
+            part = decay_sums + (index * programs + program)[:, None] * NUM_STREAMS + stream[None, :]
+            decay_total += tl.sum(tl.load(part, mask=(program < programs)[:, None], other=0.0), axis=0)
     if PER_HEAD_WEIGHTS:
-        tl.store(d_weights + of_stream, total, mask=column < NUM_STREAMS)
-    tl.store(d_decay + of_stream - NUM_STREAMS, -0.5 * total, mask=is_decay)
+        tl.store(d_weights + head * NUM_STREAMS + column, total, mask=column < NUM_STREAMS)
+    tl.store(d_decay + head * NUM_STREAMS + stream, -0.5 * decay_total)
     if PER_HEAD_ALPHA:
-        tl.store(d_alpha + head + column * 0, total, mask=column == 2 * NUM_STREAMS)
+        tl.store(d_alpha + head + column * 0, total, mask=column == NUM_STREAMS)

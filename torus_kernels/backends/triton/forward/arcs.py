@@ -189,9 +189,11 @@ def blocked_arcs(
                                        FORM, D, BLOCK_D, PRECISION)
         last += tl.sum(tl.where(ends, partner_scores, 0.0), axis=1) * scale
         partner_last += tl.sum(tl.where(ends, scores, 0.0), axis=1) * scale
-        maximum, total, spread_total = accumulate(scores * scale + bias, maximum, total, spread_total, WITH_ENTROPY)
-        partner_maximum, partner_total, partner_spread = accumulate(
-            partner_scores * scale + partner_bias, partner_maximum, partner_total, partner_spread, WITH_ENTROPY
+        _, _, maximum, total, spread_total = accumulate(
+            scores * scale + bias, 0.0, maximum, total, spread_total, WITH_ENTROPY
+        )
+        _, _, partner_maximum, partner_total, partner_spread = accumulate(
+            partner_scores * scale + partner_bias, 0.0, partner_maximum, partner_total, partner_spread, WITH_ENTROPY
         )
     last = _last_bias(last, decline, half, reach, FORM)
     maximum, total, spread_total = accumulate_one(last, maximum, total, spread_total, WITH_ENTROPY)

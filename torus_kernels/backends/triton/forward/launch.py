@@ -1,4 +1,4 @@
-"""Host side of the forward pass: block sizes, chunks of heads, and two launches for each chunk."""
+"""Host side of the forward pass: block sizes, chunks of heads, and a few launches for each chunk."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import triton
 from torch import Tensor
 
 from ....lattice import TorusLattice
-from ..launching import capability, chunk_heads, on_device, rows, window_arguments
+from ..launching import chunk_heads, cross_flows, on_device, rows
 from ..primitives.lattice import (
     FAMILY_STREAMS,
     MAX_TOKENS,
     OPEN_BOTH,
     OPEN_PAST,
     LineFamily,
-    cross_window,
     line_families,
     line_programs,
 )
@@ -48,9 +47,10 @@ class LineLaunch(NamedTuple):
 
 
 class CrossLaunch(NamedTuple):
-    shared: bool  # both flows' exponentials from one tile of scores; two accumulators, where registers allow
-    tile_u: int
-    tile_v: int
+    """Tiles of a cross flow, of sites across and along the steps in which keys are walked."""
+
+    across: int
+    along: int
     block_n: int
     num_warps: int
     num_stages: int
@@ -123,27 +123,18 @@ def line_launches(lattice: TorusLattice, seq_len: int, head_dim: int, dtype: tor
 
 
 @functools.lru_cache(maxsize=256)
-def cross_launch(
-    lattice: TorusLattice, seq_len: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
-) -> CrossLaunch:
-    """Tiles 16 sites wide; rows of keys as wide as the tile and its halo."""
-    window = cross_window(lattice, seq_len)
+def cross_launch(width: int, head_dim: int, dtype: torch.dtype) -> CrossLaunch:
+    """Tiles 16 sites long, and blocks of keys as long as a tile with its halo, where the window is ``width`` long."""
     light = block_d(head_dim) <= 64 and dtype != torch.float32
-    tile_u, tile_v = 4 if light else 2, 16
-    width = tile_v if window is None else tile_v + window.b_hi - window.b_lo
-    block_n = max(MIN_BLOCK, min(64, triton.next_power_of_2(width)))
+    along = 16
+    block_n = max(MIN_BLOCK, min(64, triton.next_power_of_2(along + width - 1)))
     wide_rows = block_d(head_dim) * dtype.itemsize > 256
-    return CrossLaunch(light and capability >= (9, 0), tile_u, tile_v, block_n, 8 if wide_rows else 4, 2)
+    return CrossLaunch(4 if light else 2, along, block_n, 8 if wide_rows else 4, 2)
 
 
 def _axes(lattice: TorusLattice) -> tuple[int, int]:
     """``(n_major, n_minor)``, cut to where an axis is longer than any sequence: no key is seen beyond."""
     return min(lattice.n_major, 2 * MAX_TOKENS), min(lattice.n_minor, 2 * MAX_TOKENS)
-
-
-def _tiles(lattice: TorusLattice, seq_len: int, cross: CrossLaunch) -> int:
-    num_rows, num_cols = window_arguments(lattice, seq_len)[4:6]
-    return -(-num_rows // cross.tile_u) * -(-num_cols // cross.tile_v)
 
 
 def _strides(state: Tensor | None) -> tuple[int, int, int]:
@@ -179,12 +170,12 @@ def attention_forward(
     launches = line_launches(lattice, seq_len, head_dim, q.dtype)
     families = sum(launch.family_mask for launch in launches)
     num_partials = families.bit_count()
-    cross = cross_launch(lattice, seq_len, head_dim, q.dtype, capability(q.device))
-    tiles = _tiles(lattice, seq_len, cross)
+    flows = cross_flows(lattice, seq_len)
 
     all_heads = batch * heads
-    chunk = chunk_heads(all_heads, num_partials * seq_len * head_dim * 4, q.device)
-    partials = q.new_empty(num_partials * chunk * seq_len * head_dim, dtype=torch.float32)
+    slots = num_partials + len(flows) - 1
+    chunk = chunk_heads(all_heads, slots * seq_len * head_dim * 4, q.device)
+    partials = q.new_empty(slots * chunk * seq_len * head_dim, dtype=torch.float32)
     shared = {
         "TOPOLOGY": lattice.spec[0], "STREAMS": lattice.spec[6], "D": head_dim, "BLOCK_D": block_d(head_dim),
         "TOKEN_WEIGHTS": stream_weights.dim() == 4, "HAS_FIRST_KEY": first_key is not None,
@@ -204,13 +195,15 @@ def attention_forward(
                     FOLD=launch.fold, LINES=launch.lines, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
                     BLOCK_C=launch.block_c, num_warps=launch.num_warps, num_stages=launch.num_stages, **shared,
                 )
-            cross_kernel[tiles, count](
-                q, k, v, stream_weights, decay, first_key, ema_state, ema_alpha, partials, out, lse, entropy,
-                *strides, *_strides(ema_state), *out.stride()[:3],
-                *_axes(lattice), seq_len, first_head, heads, group, base2_scale,
-                *window_arguments(lattice, seq_len),
-                NUM_PARTIALS=num_partials, SHARED=cross.shared, TILE_U=cross.tile_u, TILE_V=cross.tile_v,
-                BLOCK_N=cross.block_n, HAS_STATE=ema_state is not None,
-                TOKEN_ALPHA=ema_alpha is not None and ema_alpha.dim() == 3, num_warps=cross.num_warps,
-                num_stages=cross.num_stages, **shared,
-            )
+            for place, flow in enumerate(flows):
+                cross = cross_launch(flow.width, head_dim, q.dtype)
+                tile_u, tile_v = flow.tile(cross.across, cross.along)
+                cross_kernel[flow.tiles(cross.across, cross.along), count](
+                    q, k, v, stream_weights, decay, first_key, ema_state, ema_alpha, partials, out, lse, entropy,
+                    *strides, *_strides(ema_state), *out.stride()[:3],
+                    *_axes(lattice), seq_len, first_head, heads, group, base2_scale, *flow.arguments,
+                    FLOW=flow.stream, BY_ROWS=flow.by_rows, FINISH=place == len(flows) - 1,
+                    NUM_PARTIALS=num_partials + place, TILE_U=tile_u, TILE_V=tile_v, BLOCK_N=cross.block_n,
+                    HAS_STATE=ema_state is not None, TOKEN_ALPHA=ema_alpha is not None and ema_alpha.dim() == 3,
+                    num_warps=cross.num_warps, num_stages=cross.num_stages, **shared,
+                )

@@ -24,7 +24,7 @@ from ..primitives.lattice import (
     strand,
     tokens_along,
 )
-from ..primitives.softmax import accumulate, anchor, bias_slope, entropy, log_sum_exp, mixing, row_maximum, spread
+from ..primitives.softmax import accumulate, anchor, bias_slope, mixing, row_maximum, spread, write_statistics
 from ..primitives.tiles import dot_cast, dot_transposed, gate_rows, load_rows, store_rows
 from .arcs import arc_biases, blocked_arcs, whole_arcs
 
@@ -53,16 +53,6 @@ def _mixed(p, factor, partner_p, partner_factor, ARCS: tl.constexpr):
         return p * factor[:, None] + partner_p * partner_factor[:, None]
     else:
         return p
-
-
-@triton.jit
-def _write_statistics(
-    maximum, total, spread_total, lse_ptr, entropy_ptr, at, mask, WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr
-):
-    if WITH_LSE:
-        tl.store(lse_ptr + at, log_sum_exp(maximum, total), mask=mask)
-    if WITH_ENTROPY:
-        tl.store(entropy_ptr + at, entropy(total, spread_total), mask=mask)
 
 
 @triton.jit
@@ -193,10 +183,12 @@ def _run_of_lines(
                     query_position, position, length, loop, reach[:, None], decline, partner_decline, FORM, ARCS
                 )
                 scores = dot_transposed(q, k, PRECISION) * scale
-                maximum, total, spread_total = accumulate(scores + bias, maximum, total, spread_total, WITH_ENTROPY)
+                _, _, maximum, total, spread_total = accumulate(
+                    scores + bias, 0.0, maximum, total, spread_total, WITH_ENTROPY
+                )
                 if ARCS:
-                    partner_maximum, partner_total, partner_spread = accumulate(
-                        scores + partner_bias, partner_maximum, partner_total, partner_spread, WITH_ENTROPY
+                    _, _, partner_maximum, partner_total, partner_spread = accumulate(
+                        scores + partner_bias, 0.0, partner_maximum, partner_total, partner_spread, WITH_ENTROPY
                     )
             maximum, partner_maximum = anchor(maximum), anchor(partner_maximum)
             factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, ARCS)
@@ -219,11 +211,11 @@ def _run_of_lines(
 
         store_rows(partial_base + start * D, query_token, query_valid, D, y * norm[:, None], D, BLOCK_D)
         statistic = row * 8 + stream
-        _write_statistics(
+        write_statistics(
             maximum, total, spread_total, lse_ptr, entropy_ptr, statistic, present, WITH_LSE, WITH_ENTROPY,
         )
         if ARCS:
-            _write_statistics(
+            write_statistics(
                 partner_maximum, partner_total, partner_spread, lse_ptr, entropy_ptr, statistic + 1,
                 partner_present, WITH_LSE, WITH_ENTROPY,
             )

@@ -44,17 +44,21 @@ def spread(exponentials, exponents):
 
 
 @triton.jit
-def accumulate(scores, maximum, total, spread_total, WITH_SPREAD: tl.constexpr):
-    """One block of a softmax that goes on over blocks, from ``(-inf, 0, 0)``: the three, updated."""
-    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+def accumulate(scores, offset, maximum, total, spread_total, WITH_SPREAD: tl.constexpr):
+    """One block of a softmax that goes on over blocks, from ``(-inf, 0, 0)``.
+
+    ``offset`` is added to the scores: a number or one for each row ``[BLOCK_M]``. Returns the block's exponentials,
+    what sums of earlier ones are to be multiplied by, and the three, updated.
+    """
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) + offset)
     anchored = anchor(new_maximum)
-    exponents = scores - anchored[:, None]
+    exponents = scores + (offset - anchored)[:, None]
     exponentials = tl.exp2(exponents)
     kept = tl.exp2(maximum - anchored)
     if WITH_SPREAD:
         spread_total = kept * (spread_total + total * (anchor(maximum) - anchored)) + spread(exponentials, exponents)
     total = kept * total + tl.sum(exponentials, axis=1)
-    return new_maximum, total, spread_total
+    return exponentials, kept, new_maximum, total, spread_total
 
 
 @triton.jit
@@ -98,3 +102,14 @@ def entropy(total, spread_total):
     """Entropy in nats, at least 0; NaN stays NaN."""
     nats = (tl.log2(total) - spread_total / total) * LN2
     return tl.where(nats < 0, 0.0, nats)
+
+
+@triton.jit
+def write_statistics(
+    maximum, total, spread_total, lse_ptr, entropy_ptr, at, mask, WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr
+):
+    """Writes a stream's log-sum-exp and entropy, each where it is asked for."""
+    if WITH_LSE:
+        tl.store(lse_ptr + at, log_sum_exp(maximum, total), mask=mask)
+    if WITH_ENTROPY:
+        tl.store(entropy_ptr + at, entropy(total, spread_total), mask=mask)

@@ -1,7 +1,8 @@
 """Tiles and rows of sites for the cross flows.
 
 A tile is TILE_U rows of TILE_V columns of the lattice. Sites around it have local rows and columns, counted from its
-first site. In the causal topology a row of the lattice goes on in the next one, and local columns do so too.
+first site. In the causal topology a row of the lattice goes on in the next one, and local columns do so too. The token
+of a site is the sum of what its row and its column give, so that a loop over one of them computes the other once.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lattice import CAUSAL, PERIODIC
+from .lattice import CAUSAL, CYLINDER, PERIODIC
 
 
 @triton.jit
@@ -29,32 +30,79 @@ def tile_sites(tile, n_minor, seq_len, num_rows, num_cols, TILE_U: tl.constexpr,
 
 
 @triton.jit
-def row_tokens(row, col, first_row, first_col, n_major, n_minor, seq_len, TOPOLOGY: tl.constexpr):
-    """``(token, valid)`` of the sites at local columns ``col`` of one local row, tokens int64.
+def _around(index, size):
+    """Indices, at most ``size`` below 0, around a closed axis."""
+    return (index % size + size) % size
 
-    On a cylinder the row must be one of the lattice's.
-    """
-    if TOPOLOGY == CAUSAL:
-        token = (first_row + row).to(tl.int64) * n_minor + (first_col + col)
-        valid = (token >= 0) & (token < seq_len)
+
+@triton.jit
+def across_along(of_rows, of_cols, BY_ROWS: tl.constexpr):
+    """What belongs to the axis that is walked, then what belongs to the other one."""
+    if BY_ROWS:
+        return of_rows, of_cols
     else:
-        lattice_row = first_row + row
-        lattice_col = ((first_col + col) % n_minor + n_minor) % n_minor
+        return of_cols, of_rows
+
+
+@triton.jit
+def walk(
+    first_row, num_rows, u_lo, u_hi, v_lo, v_hi,
+    TOPOLOGY: tl.constexpr, BY_ROWS: tl.constexpr, TILE_U: tl.constexpr, TILE_V: tl.constexpr,
+):
+    """The sites from ``(u_lo, v_lo)`` to ``(u_hi, v_hi)`` around those of a tile: ``(begin, end)`` of the steps across
+    and of the places along them, local rows and columns."""
+    lowest, highest = u_lo, TILE_U - 1 + u_hi
+    if TOPOLOGY == CYLINDER:
+        lowest, highest = tl.maximum(lowest, -first_row), tl.minimum(highest, num_rows - 1 - first_row)
+    elif TOPOLOGY == CAUSAL:
+        # Columns beyond either end of a row lie in the next row, so that sites may be counted to a row that is not.
+        lowest, highest = tl.maximum(lowest, -1 - first_row), tl.minimum(highest, num_rows - first_row)
+    if BY_ROWS:
+        return lowest, highest + 1, v_lo, TILE_V + v_hi
+    else:
+        return v_lo, TILE_V + v_hi, lowest, highest + 1
+
+
+@triton.jit
+def tokens_on_axis(place, first_row, first_col, n_major, n_minor, TOPOLOGY: tl.constexpr, ROWS: tl.constexpr):
+    """What local rows or columns add to the tokens of their sites, int64; of no meaning off a cylinder's ends."""
+    if ROWS:
+        place = first_row + place
         if TOPOLOGY == PERIODIC:
-            lattice_row = (lattice_row % n_major + n_major) % n_major
-        token = lattice_row.to(tl.int64) * n_minor + lattice_col
-        valid = lattice_col >= 0
-    return token, valid
+            place = _around(place, n_major)
+        return place.to(tl.int64) * n_minor
+    else:
+        place = first_col + place
+        if TOPOLOGY != CAUSAL:
+            place = _around(place, n_minor)
+        return place.to(tl.int64)
 
 
 @triton.jit
-def seen_along(displacement, low, high, radius):
-    """Whether a flow's window reaches a displacement along one axis."""
-    return (displacement >= low) & (displacement <= high) & (tl.abs(displacement) <= radius)
+def sites_exist(token, seq_len, TOPOLOGY: tl.constexpr, BY_ROWS: tl.constexpr):
+    """Which sites of a step have a token: only time and the ends of a cylinder, along a column, leave any out."""
+    if TOPOLOGY == CAUSAL or (TOPOLOGY == CYLINDER and not BY_ROWS):
+        return (token >= 0) & (token < seq_len)
+    else:
+        return tl.full(token.shape, True, tl.int1)
 
 
 @triton.jit
-def bias_along(displacement, seen, slope):
-    """A flow's bias along one axis in base 2, -inf where not ``seen``; its ``slope`` includes the radius."""
+def bias_along(displacement, low, high, slope):
+    """A flow's bias along one axis in base 2, -inf outside its window; its ``slope`` includes the radius."""
     wide = displacement.to(tl.float32)
-    return tl.where(seen, -slope * (wide * wide), float("-inf"))
+    return tl.where((displacement >= low) & (displacement <= high), -slope * (wide * wide), float("-inf"))
+
+
+@triton.jit
+def memory_of(token, n_major, n_minor):
+    """The oldest token (int64) that the causal topology lets tokens see."""
+    return tl.maximum(token - (n_major.to(tl.int64) * n_minor - 1), 0)
+
+
+@triton.jit
+def in_sight(key_token, newest, oldest, seq_len):
+    """Whether time lets queries see keys, int64 tokens that broadcast; keys that do not exist are never seen."""
+    # A sequence has less than 2**31 tokens, and those of no meaning may be anything.
+    time = tl.where((key_token >= 0) & (key_token < seq_len), key_token, -1).to(tl.int32)
+    return (time <= newest.to(tl.int32)) & (time >= oldest.to(tl.int32))
