@@ -24,7 +24,8 @@ SELECTED = {
     "test_symmetries.py": "test_shift and 6x4 and 3-2 or reflection_of_u and 5x6 or transposition and 5x5 "
                           "or closed_loop and 5x6 and w2-2",
     "test_cylinder.py": "leaves or distances",
-    "test_streams.py": "test_statistics and cylinder and 1-2-6 or far_below and periodic and minor_forward and bfloat16",
+    "test_streams.py": "test_statistics and cylinder and 1-2-6 "
+                       "or far_below and periodic and minor_forward and bfloat16",
     "test_causal.py": "oldest_visible or one_token or first_key_in_64 or first_key_beyond "
                       "or (no_gradient or forgotten) and 2x2",
     "test_dispatch.py": "TestOpcheck and (packed and float32 or ema or multiscale or rope) "
