@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from torus_model.config import recommended_model
 from torus_model.dense import dense_config
 from torus_model.field.commands.options import check_device
 from torus_model.files import replacing
@@ -33,17 +34,17 @@ class Settings:
     """A comparison. The defaults end within 40 minutes on two cores.
 
     Attributes:
-        model: sizes; lattice and options of the torus come from `torus_config`.
+        model: sizes; lattice and options of the torus come from `recommended_model`.
         contexts: tokens per window, each a power of two.
         tokens: that every network trains on.
         training: of all networks.
         seeds: of initial weights and batches.
-        networks: names of `LABELS`; the ablations are made at the first context alone.
+        networks: names of `LABELS`; all but torus and dense attention are compared at the first context alone.
     """
 
     model: ModelConfig = ModelConfig(width=64, heads=2)  # noqa: RUF009 (frozen)
     contexts: tuple[int, ...] = (2048, 4096)
-    tokens: int = 300 * 2048
+    tokens: int = 600 * 2048
     training: Training = Training()  # noqa: RUF009 (frozen)
     seeds: tuple[int, ...] = (0, 1)
     networks: tuple[str, ...] = tuple(LABELS)
@@ -133,13 +134,11 @@ class Comparison:
 
     Raises:
         DataError: there is too little text.
-        ValueError: a context is no power of two, or longer than ``settings.tokens``.
+        ValueError: a context is no power of two from 4 on, or longer than ``settings.tokens``.
     """
 
     def __init__(self, settings: Settings, runs: Path) -> None:
         for context in settings.contexts:
-            if context & (context - 1) or context < 16:
-                raise ValueError(f"contexts must be powers of two from 16 on, got {context}")
             if context * settings.training.batch_size > settings.tokens:
                 raise ValueError(f"tokens must be at least one step of {context * settings.training.batch_size}, "
                                  f"got {settings.tokens}")
@@ -157,23 +156,23 @@ class Comparison:
         )
 
     def _is_compared(self, network: str, context: int) -> bool:
-        return network not in ABLATIONS or context == self.settings.contexts[0]
+        return network in (OURS, DENSE) or context == self.settings.contexts[0]
 
     def _config(self, network: str, context: int) -> ModelConfig:
         """The architecture of a network at a context."""
-        ours = torus_config(self.settings.model, context)
+        ours = recommended_model(self.settings.model, context)
         if network == DENSE:
             return dense_config(ours)
         if network == FIRST:
-            return first_config(self.settings.model, context)
+            return first_model(self.settings.model, context)
         return dataclasses.replace(ours, **ABLATIONS.get(network, {}))
 
     def planned(self) -> list[Planned]:
         """The runs, those that answer the question first."""
-        order = [(network, context, budget, seed)
-                 for seed in self.settings.seeds for (network, context) in self.models
-                 for budget in (("tokens", "seconds") if network == DENSE else ("tokens",))]
-        return [Planned(*run) for run in sorted(order, key=lambda run: run[0] not in (OURS, DENSE))]
+        runs = [Planned(network, context, budget, seed)
+                for seed in self.settings.seeds for (network, context) in self.models
+                for budget in (("tokens", "seconds") if network == DENSE else ("tokens",))]
+        return sorted(runs, key=lambda run: run.network not in (OURS, DENSE))
 
     def steps(self, run: Planned) -> int:
         """Training steps of a run: its budget's seconds count in median steps, its tokens in windows."""
@@ -234,15 +233,10 @@ def _kept_timings(file: Path, key: str) -> tuple[dict[str, Timing], dict] | None
         return None
 
 
-def torus_config(sizes: ModelConfig, context: int) -> ModelConfig:
-    """The model of the comparison at a context."""
-    return dataclasses.replace(first_config(sizes, context))
-
-
-def first_config(sizes: ModelConfig, context: int) -> ModelConfig:
-    """The model with the defaults that it had before the comparison, on a lattice of ``context`` sites."""
-    n_major = 1 << ((context.bit_length() - 1) // 2)
-    return dataclasses.replace(sizes, n_major=n_major, n_minor=context // n_major)
+def first_model(sizes: ModelConfig, context: int) -> ModelConfig:
+    """The same lattice with the settings that the model had before the comparison."""
+    ours, first = recommended_model(sizes, context), ModelConfig()
+    return dataclasses.replace(ours, rotary=first.rotary, graded_heads=first.graded_heads, qk_gain=first.qk_gain)
 
 
 def run(comparison: Comparison, *, seconds: float, retime: bool, output: Path, console: Console) -> LanguageReport:

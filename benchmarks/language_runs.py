@@ -47,7 +47,7 @@ class Training:
     """
 
     batch_size: int = 1
-    learning_rate: float = 6e-3
+    learning_rate: float = 4.5e-3
     warmup: float = 0.05
     final_learning_rate: float = 0.05
     weight_decay: float = 0.1

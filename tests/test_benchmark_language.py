@@ -14,6 +14,7 @@ from benchmarks.language_runs import DENSE, Trained, Training
 from benchmarks.report import ReportError
 from benchmarks.show import markdown_of
 from benchmarks.timing import Timing
+from torus_model.config import recommended_model
 from torus_model.lm import ModelConfig
 
 TRAINING = Training(validations=2, validation_tokens=64, test_tokens=128, max_bytes=20_000)
@@ -130,7 +131,7 @@ def test_another_setting_is_another_run(folder, report, tmp_path):
 
 
 def test_ablations_leave_out_what_they_say():
-    config = language.torus_config(ModelConfig(width=64, heads=2), 2048)
+    config = recommended_model(ModelConfig(width=64, heads=2), 2048)
     for name, change in ABLATIONS.items():
         left = dataclasses.replace(config, **change)
         assert left != config
@@ -141,8 +142,12 @@ def test_ablations_leave_out_what_they_say():
 
 @pytest.mark.parametrize("context", [16, 32, 2048, 4096])
 def test_lattices_hold_the_context(context):
-    for make in (language.torus_config, language.first_config):
+    for make in (recommended_model, language.first_model):
         assert make(ModelConfig(), context).lattice.num_sites == context
+
+
+def test_the_first_model_has_the_defaults_of_model_config():
+    assert language.first_model(ModelConfig(), 256) == ModelConfig() != recommended_model(ModelConfig(), 256)
 
 
 def test_table_and_verdicts_follow_from_the_runs(report, folder):
@@ -166,7 +171,7 @@ def test_plots_are_written(folder):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--networks", "dense"], "--networks must hold torus"),
-    (["--contexts", "100"], "powers of two"),
+    (["--contexts", "100"], "power of two"),
     (["--contexts", "4096", "--tokens", "1000"], "tokens must be at least"),
     (["--width", "20"], "width / heads"),
     (["--device", "nowhere"], "device"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from torus_kernels import (
     DEFAULT_DECAY,
+    Stream,
     TorusKVCache,
     TorusLattice,
     lattice_rope,
@@ -19,6 +21,8 @@ from torus_kernels import (
 from torus_kernels.backends import check_name
 from torus_kernels.checks import parameter_dtype
 from torus_kernels.lattice import NUM_STREAMS
+
+from .rotary import sequence_rope
 
 ALPHA_RANGE = (0.1, 0.99)
 """Alpha is a sigmoid mapped into this range: a layer can neither ignore its own attention nor forget its state."""
@@ -32,6 +36,15 @@ The bias ``-0.5 * decay * rho^2`` with ``rho <= pi`` is then above -0.25: no key
 weight, while the gradient through the softplus, about ``decay`` times that of the decay, is not negligible.
 """
 
+ROTARY = ("lattice", "sequence")
+"""Kinds of rotary positions: `lattice_rope` and `sequence_rope`."""
+
+NARROWEST_HEAD = 2.0
+"""Tokens: standard deviation of the narrowest head's initial window on the forward minor loop."""
+
+FAVOURED_LOGIT = 2.0
+"""Initial logit of the weight of the forward minor loop, where heads are graded; that of the other streams is 0."""
+
 
 def inverse_softplus(x: Tensor) -> Tensor:
     """The y with ``softplus(y) == x``, for ``x > 0``."""
@@ -41,7 +54,7 @@ def inverse_softplus(x: Tensor) -> Tensor:
 class TorusAttention(nn.Module):
     """Multi-head torus attention with everything that is learned around the operator.
 
-    Queries and keys pass an RMSNorm over the head dimension (QK-norm) and `lattice_rope`. The streams are mixed by
+    Queries and keys pass an RMSNorm over the head dimension (QK-norm) and rotary positions. The streams are mixed by
     a softmax, of one logit per head and stream or, ``token_gated``, of a linear function of the token. The geodesic
     decay is a softplus, one per head and stream. A layer with ``compounding`` blends its output into the state of
     the layer before, ``state + alpha * (y - state)``, with one alpha per head in `ALPHA_RANGE`, within the operator.
@@ -56,10 +69,12 @@ class TorusAttention(nn.Module):
         head_dim: channels per head (D), a multiple of 8 up to 256; ``width // heads`` by default.
         token_gated: stream weights from each token instead of one set per head.
         compounding: whether `forward` takes the state of a layer before, with the alpha to learn for it.
+        rotary: one of `ROTARY`; positions along the sequence are for the causal topology.
         backend: backend of `torus_attention`.
 
     Raises:
-        TypeError, ValueError: ``backend`` names none; a size that the operator refuses raises in `forward`.
+        TypeError, ValueError: ``backend`` or ``rotary`` names none; a size that the operator refuses raises in
+            `forward`.
     """
 
     def __init__(
@@ -72,9 +87,14 @@ class TorusAttention(nn.Module):
         head_dim: int | None = None,
         token_gated: bool = False,
         compounding: bool = False,
+        rotary: str = "lattice",
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        if rotary not in ROTARY or (rotary == "sequence" and lattice.topology != "causal"):
+            raise ValueError(f"rotary must be 'lattice' or, in the causal topology, 'sequence', got {rotary!r} in the "
+                             f"{lattice.topology} topology")
+        self.rotary = rotary
         self.lattice = lattice
         self.heads = heads
         self.kv_heads = heads if kv_heads is None else kv_heads
@@ -110,6 +130,27 @@ class TorusAttention(nn.Module):
         if self.raw_alpha is not None:
             low, high = ALPHA_RANGE
             self.raw_alpha.fill_(torch.logit(torch.tensor((INITIAL_ALPHA - low) / (high - low))))
+
+    @torch.no_grad()
+    def grade_heads(self) -> None:
+        """Starts heads with windows of different widths on the forward minor loop, the tokens right before, and with
+        more weight on it, so that some look nearby and some far from the first step on.
+
+        The bias of a key k tokens back is ``-0.5 * decay * (pi * k / m)**2`` in the causal topology, a Gaussian window
+        of standard deviation ``m / (pi * sqrt(decay))`` tokens. Decays go in equal ratios from
+        `SMALLEST_INITIAL_DECAY` in the first head, a flat window, to one of `NARROWEST_HEAD` tokens in the last. The
+        idea of a slope for each head is that of ALiBi (Press et al. 2022). Nothing changes where the stream is left
+        out.
+        """
+        if Stream.minor_forward not in self.lattice.streams:
+            return
+        place = sorted(self.lattice.streams).index(Stream.minor_forward)
+        narrowest = (self.lattice.n_minor / (math.pi * NARROWEST_HEAD)) ** 2
+        ratio = max(1.0, narrowest / SMALLEST_INITIAL_DECAY)
+        decays = SMALLEST_INITIAL_DECAY * ratio ** torch.linspace(0, 1, self.heads)
+        self.raw_decay[:, place] = inverse_softplus(decays).to(self.raw_decay)
+        logits = self.stream_logits if self.stream_gate is None else self.stream_gate.bias
+        logits.view(self.heads, -1)[:, place] = FAVOURED_LOGIT
 
     @property
     def compounding(self) -> bool:
@@ -178,7 +219,10 @@ class TorusAttention(nn.Module):
             offset = len(cache)
             if offset > 0 and x.shape[1] != 1:
                 raise ValueError(f"x must be one token [B, 1, width] where the cache is not empty, got {list(x.shape)}")
-        q, k = (lattice_rope(y, self.lattice, offset=offset) for y in (q, k))
+        if self.rotary == "sequence":
+            q, k = sequence_rope(q, k, offset=offset)
+        else:
+            q, k = (lattice_rope(y, self.lattice, offset=offset) for y in (q, k))
         options = {
             "stream_weights": self.stream_weights(x), "decay": self.decay(), "ema_state": state,
             "ema_alpha": self.alpha(), "first_key": first_key, "backend": self.backend,

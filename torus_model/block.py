@@ -61,7 +61,7 @@ class TorusBlock(AttentionBlock):
 
     Args:
         width, ff_width, dropout, experts, experts_per_token: as in `AttentionBlock`.
-        heads, lattice, kv_heads, token_gated, compounding, backend: as in `TorusAttention`.
+        heads, lattice, kv_heads, token_gated, compounding, rotary, backend: as in `TorusAttention`.
     """
 
     def __init__(
@@ -75,12 +75,14 @@ class TorusBlock(AttentionBlock):
         kv_heads: int | None = None,
         token_gated: bool = False,
         compounding: bool = False,
+        rotary: str = "lattice",
         backend: str | None = None,
         experts: int = 1,
         experts_per_token: int = 2,
     ) -> None:
         attention = TorusAttention(
-            width, heads, lattice, kv_heads=kv_heads, token_gated=token_gated, compounding=compounding, backend=backend
+            width, heads, lattice, kv_heads=kv_heads, token_gated=token_gated, compounding=compounding, rotary=rotary,
+            backend=backend,
         )
         super().__init__(
             width, attention, ff_width=ff_width, dropout=dropout, experts=experts, experts_per_token=experts_per_token

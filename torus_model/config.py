@@ -23,6 +23,28 @@ SIZES = {
 al. 2019, table 2). The vocabulary is the tokenizer's."""
 
 
+def recommended_model(sizes: ModelConfig, context: int) -> ModelConfig:
+    """The settings with which a `TorusLM` did best on text that is as long as its lattice, in the comparison that
+    ``docs/language.md`` shows.
+
+    Args:
+        sizes: everything that is not settled here.
+        context: tokens that the lattice holds, a power of two from 4 on.
+
+    Returns:
+        ``sizes`` with a minor loop as long as the major one or twice as long, rotary positions of the sequence, graded
+        heads and a larger gain of queries.
+
+    Raises:
+        ValueError: ``context`` is no power of two.
+    """
+    if context < 4 or context & (context - 1):
+        raise ValueError(f"context must be a power of two from 4 on, got {context}")
+    n_major = 1 << (context.bit_length() - 1) // 2
+    return dataclasses.replace(sizes, n_major=n_major, n_minor=context // n_major, rotary="sequence",
+                               graded_heads=True, qk_gain=2.0)
+
+
 @dataclass(frozen=True)
 class TrainConfig(DynamicsConfig):
     """Everything that determines a run. Exactly one of ``steps`` and ``seconds`` is its budget.

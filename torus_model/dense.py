@@ -13,20 +13,7 @@ from torus_kernels.checks import parameter_dtype
 
 from .block import AttentionBlock
 from .lm import ModelConfig, TorusLM, initialise
-
-ROTARY_BASE = 10000.0
-"""Of the rotary positions (Su et al. 2021, section 3.2.2)."""
-
-
-def rotary(x: Tensor) -> Tensor:
-    """Rotary positions of a sequence (Su et al. 2021): the pair of channels ``(i, i + D/2)`` of token t turns by
-    ``t * ROTARY_BASE**(-2i/D)``; ``[..., T, D] -> [..., T, D]``."""
-    steps, channels = x.shape[-2:]
-    rate = ROTARY_BASE ** (-torch.arange(0, channels, 2, device=x.device) / channels)  # [D / 2]
-    angle = torch.arange(steps, device=x.device)[:, None] * rate  # [T, D / 2]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+from .rotary import sequence_rope
 
 
 class DenseCausalAttention(nn.Module):
@@ -54,7 +41,8 @@ class DenseCausalAttention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, -1))).transpose(1, 2)  # [B, H, T, D]
         k = self.k_norm(self.k_proj(x).unflatten(-1, (self.heads, -1))).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(rotary(q), rotary(k), v, is_causal=True)
+        q, k = sequence_rope(q, k)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(out.transpose(1, 2).flatten(-2)), None
 
 
@@ -63,7 +51,8 @@ class DenseLM(nn.Module):
     tied embeddings. For comparisons: it has no cache and does not pack documents.
 
     Args:
-        config: of which it takes ``vocab_size``, ``width``, ``layers``, ``heads``, ``ff_width`` and ``dropout``.
+        config: of which it takes ``vocab_size``, ``width``, ``layers``, ``heads``, ``ff_width``, ``dropout`` and
+            ``qk_gain``.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -78,7 +67,7 @@ class DenseLM(nn.Module):
             for _ in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.width)
-        initialise(self.embedding, self.blocks)
+        initialise(self.embedding, self.blocks, config.qk_gain)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the next token: ``[B, T]`` int64, of any length T, to ``[B, T, vocab_size]``."""

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torus_kernels import TorusLattice
 from torus_kernels.checks import parameter_dtype
 
+from .attention import ROTARY
 from .block import TorusBlock
 from .checks import check_heads, check_numbers, check_positive_integers
 from .moe import MixtureOfExperts, collected_balance
@@ -45,6 +46,10 @@ class ModelConfig:
         experts_per_token: at most ``experts``; not looked at where there is one.
         balance_weight: of the load-balancing loss of every block with several experts, added to the loss in training
             (Fedus et al. 2021, equation 4, where it is 0.01).
+        rotary: ``"lattice"`` for the positions of `lattice_rope`, ``"sequence"`` for those of `sequence_rope`.
+        graded_heads: heads begin with windows of different widths, as `TorusAttention.grade_heads` says; otherwise all
+            begin alike.
+        qk_gain: initial gain of the norm of queries.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or value; the message names it.
@@ -67,6 +72,9 @@ class ModelConfig:
     experts: int = 1
     experts_per_token: int = 2
     balance_weight: float = 0.01
+    rotary: str = "lattice"
+    graded_heads: bool = False
+    qk_gain: float = 1.0
 
     def __post_init__(self) -> None:
         check_positive_integers(
@@ -81,6 +89,9 @@ class ModelConfig:
         if 1 < self.experts < self.experts_per_token:
             raise ValueError(f"experts_per_token must be at most experts = {self.experts}, "
                              f"got {self.experts_per_token}")
+        check_numbers(self, "qk_gain", where=lambda x: 0 < x < math.inf, needs="positive")
+        if self.rotary not in ROTARY:
+            raise ValueError(f"rotary must be one of {', '.join(ROTARY)}, got {self.rotary!r}")
         lattice = self.lattice  # checks the lattice's fields
         # One form for each value, whatever collection it came in: configurations compare and travel through JSON.
         object.__setattr__(self, "cross_radius", lattice.cross_radius)
@@ -106,11 +117,12 @@ class ModelConfig:
         return cls(**fields)
 
 
-def initialise(embedding: nn.Embedding, blocks: nn.ModuleList) -> None:
-    """Draws the weights of the matrices of a language model of `AttentionBlock` s."""
+def initialise(embedding: nn.Embedding, blocks: nn.ModuleList, qk_gain: float) -> None:
+    """Draws the weights of the matrices of a language model of `AttentionBlock` s, and sets the gain of queries."""
     nn.init.normal_(embedding.weight, std=0.02)
     for block in blocks:
         attention = block.attention
+        nn.init.constant_(attention.q_norm.weight, qk_gain)
         mixture = isinstance(block.ff, MixtureOfExperts)
         experts, routers = (block.ff.experts, [block.ff.router]) if mixture else ([block.ff], [])
         first, last = zip(*((expert[0], expert[2]) for expert in experts), strict=True)
@@ -146,12 +158,16 @@ class TorusLM(nn.Module):
             TorusBlock(
                 config.width, config.heads, lattice, ff_width=config.ff_width, dropout=config.dropout,
                 kv_heads=config.kv_heads, token_gated=config.token_gated, compounding=config.compounding and layer > 0,
-                backend=backend, experts=config.experts, experts_per_token=config.experts_per_token,
+                rotary=config.rotary, backend=backend, experts=config.experts,
+                experts_per_token=config.experts_per_token,
             )
             for layer in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.width)
-        initialise(self.embedding, self.blocks)
+        initialise(self.embedding, self.blocks, config.qk_gain)
+        if config.graded_heads:
+            for block in self.blocks:
+                block.attention.grade_heads()
 
     def forward(
         self,

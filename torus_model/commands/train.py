@@ -14,6 +14,7 @@ from torus_kernels import Stream
 from torus_kernels.backends import BACKENDS
 
 from .. import checkpoint
+from ..attention import ROTARY
 from ..checkpoint import CheckpointError
 from ..config import SIZES
 from ..lm import ModelConfig
@@ -116,6 +117,13 @@ def _add_model_options(architecture: Any, model: ModelConfig) -> None:
     add(architecture, "--streams", f"streams to use, out of {','.join(s.name for s in Stream)} (default: all)",
         type=stream_names, metavar="NAME,NAME,...")
     _switch(architecture, "--token-gated", "stream weights from each token, or one set per head", model.token_gated)
+    _switch(architecture, "--compounding", "blend the attention of a layer into that of the layer before",
+            model.compounding)
+    add(architecture, "--rotary", "positions: the harmonics of the lattice's loops, or those of a plain sequence",
+        model.rotary, choices=ROTARY)
+    _switch(architecture, "--graded-heads", "heads begin with windows of different widths, from flat to 2 tokens",
+            model.graded_heads)
+    add(architecture, "--qk-gain", "initial gain of the norm of queries", model.qk_gain, type=float)
     add(architecture, "--dropout", "probability on the output of each branch", model.dropout, type=float)
 
 
