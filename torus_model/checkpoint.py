@@ -124,16 +124,41 @@ def load_model(path: str | os.PathLike, backend: str | None = None) -> TorusLM:
         CheckpointError: the file is not there, not complete, or does not hold a `TorusLM`.
     """
     tensors, metadata = load(path, WEIGHTS)
-    try:
-        config = ModelConfig.from_dict(metadata["model_config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{locate(path)} does not hold a TorusLM: {_one_line(error)}") from error
-    model = TorusLM(config, backend=backend)
+    model = TorusLM(_model_config(path, metadata), backend=backend)
     try:
         load_weights(model, tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{locate(path)} does not hold the weights of its TorusLM: {_one_line(error)}") from error
     return model.eval()
+
+
+def load_initial(model: TorusLM, path: str | os.PathLike) -> None:
+    """Gives a model the weights of the checkpoint of another run, those of a quantised one in its own dtype.
+
+    Raises:
+        CheckpointError: it is not of the same model, whose settings that concern no weight may differ.
+    """
+    source = load_model(path)
+    free = ("dropout", "experts_per_token", "balance_weight")
+    wanted = dataclasses.replace(source.config, **{name: getattr(model.config, name) for name in free})
+    check_same_config(locate(path), wanted, model.config, (), "its weights need")
+    model.load_state_dict({name: x.dequantize() for name, x in source.state_dict().items()})
+
+
+def load_model_config(path: str | os.PathLike) -> ModelConfig:
+    """The architecture of `load_model`.
+
+    Raises:
+        CheckpointError: the file is not there, not complete, or does not hold a `TorusLM`.
+    """
+    return _model_config(path, load_metadata(path))
+
+
+def _model_config(path: str | os.PathLike, metadata: Mapping[str, Any]) -> ModelConfig:
+    try:
+        return ModelConfig.from_dict(metadata["model_config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{locate(path)} does not hold a TorusLM: {_one_line(error)}") from error
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -216,12 +241,14 @@ def _load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def check_same_config(path: Path, before: Any, now: Any, may_change: Collection[str]) -> None:
+def check_same_config(
+    path: Path, before: Any, now: Any, may_change: Collection[str], needed: str = "a resumed run must keep"
+) -> None:
     """Raises CheckpointError where a dataclass of settings differs from that of the run that is resumed."""
     for name in (f.name for f in dataclasses.fields(now)):
         if name not in may_change and getattr(before, name) != getattr(now, name):
-            raise CheckpointError(f"{path} was made with {name} = {getattr(before, name)!r}, which a resumed run "
-                                  f"must keep; got {getattr(now, name)!r}")
+            raise CheckpointError(f"{path} was made with {name} = {getattr(before, name)!r}, which {needed}; "
+                                  f"got {getattr(now, name)!r}")
 
 
 def _one_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ from .data import DEFAULT_MAX_BYTES
 from .dynamics import DynamicsConfig
 from .lm import ModelConfig
 from .tokenizer import ByteTokenizer
+from .transfer import TransferConfig
 
 SIZES = {
     "tiny": ModelConfig(),
@@ -46,10 +47,11 @@ def recommended_model(sizes: ModelConfig, context: int) -> ModelConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(DynamicsConfig):
+class TrainConfig(DynamicsConfig, TransferConfig):
     """Everything that determines a run. Exactly one of ``steps`` and ``seconds`` is its budget.
 
-    What changes while the run goes on is in the fields of `DynamicsConfig`.
+    What changes while the run goes on is in the fields of `DynamicsConfig`, what it takes over from other runs in those
+    of `TransferConfig`.
 
     Args:
         model: the architecture; its vocabulary must be that of the tokenizer.
@@ -113,7 +115,8 @@ class TrainConfig(DynamicsConfig):
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        DynamicsConfig.__post_init__(self)
+        TransferConfig.__post_init__(self)
         if (self.steps is None) == (self.seconds is None):
             raise ValueError("a run has a budget of either steps or seconds: give exactly one")
         check_positive_integers(
@@ -131,7 +134,11 @@ class TrainConfig(DynamicsConfig):
         check_seed(self.seed)
         if self.batch_size % self.accumulate != 0:
             raise ValueError(f"accumulate must divide batch_size = {self.batch_size}, got {self.accumulate}")
-        if self.tokenizer is None and self.model.vocab_size != ByteTokenizer(self.pack_documents).vocab_size:
+        if self.initial is not None and self.tokenizer is not None:
+            raise ValueError(f"a run from an initial checkpoint has its tokenizer, but got tokenizer = "
+                             f"{self.tokenizer!r}")
+        of_bytes = self.initial is None and self.tokenizer is None
+        if of_bytes and self.model.vocab_size != ByteTokenizer(self.pack_documents).vocab_size:
             needed = ByteTokenizer(self.pack_documents).vocab_size
             raise ValueError(f"vocab_size must be {needed} for training on bytes with pack_documents = "
                              f"{self.pack_documents}, got {self.model.vocab_size}")

@@ -45,7 +45,8 @@ class History:
     """Everything measured in a run.
 
     Attributes:
-        losses: mean cross-entropy of every training step, in nats per token.
+        losses: what every training step descended, in nats per token: the mean cross-entropy and, where there are
+            any, the terms of a teacher and of a mixture of experts.
         validation: the validation curve; the first point is the untrained model.
     """
 

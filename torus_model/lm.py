@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +117,15 @@ class ModelConfig:
         return cls(**fields)
 
 
+Criterion = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""A loss from logits ``[B, T, vocab_size]``, targets, tokens and ``first_key``, each ``[B, T]``."""
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the targets ``[B, T]`` that are not -100, in float32 or better, of logits ``[B, T, vocab_size]``."""
+    return F.cross_entropy(logits.flatten(0, 1).to(parameter_dtype(logits.dtype)), targets.flatten())
+
+
 def initialise(embedding: nn.Embedding, blocks: nn.ModuleList, qk_gain: float) -> None:
     """Draws the weights of the matrices of a language model of `AttentionBlock` s, and sets the gain of queries."""
     nn.init.normal_(embedding.weight, std=0.02)
@@ -201,12 +210,20 @@ class TorusLM(nn.Module):
                 x, state = block(x, state, **options)
         return F.linear(self.norm(x), self.embedding.weight)
 
-    def loss(self, tokens: Tensor, targets: Tensor, *, first_key: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy of the next tokens ``targets`` ``[B, T]``, in nats per token; -100 is no target. In
-        training mode `collected_balance` of blocks with several experts is added, times ``balance_weight``."""
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        first_key: Tensor | None = None,
+        criterion: Criterion | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy of the next tokens ``targets`` ``[B, T]``, or another ``criterion``, in nats per token; a
+        target of -100 is none. In training mode `collected_balance` of blocks with several experts is added, times
+        ``balance_weight``."""
         with collected_balance(self) as balance:
-            logits = self(tokens, first_key=first_key).flatten(0, 1)
-        loss = F.cross_entropy(logits.to(parameter_dtype(logits.dtype)), targets.flatten())
+            logits = self(tokens, first_key=first_key)
+        loss = cross_entropy(logits, targets) if criterion is None else criterion(logits, targets, tokens, first_key)
         if self.training and balance:
             loss = loss + self.config.balance_weight * torch.stack(balance).sum()
         return loss

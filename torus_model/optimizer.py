@@ -25,8 +25,8 @@ def make_optimizer(
     kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding),
     layer_decay: float = 1.0,
 ) -> Optimizer:
-    """AdamW that decays the matrices of these kinds of modules, by default linear layers and the embedding, but no
-    gain, bias, stream logit, raw decay or raw alpha.
+    """AdamW of what is not frozen. It decays the matrices of these kinds of modules, by default linear layers and the
+    embedding, but no gain, bias, stream logit, raw decay or raw alpha.
 
     With a ``layer_decay`` below 1 a parameter's learning rate is ``learning_rate * layer_decay**depth``, its depth that
     of `depth_below_top` (discriminative fine-tuning, Howard & Ruder 2018, section 3.2; as a decay for each layer, Clark
@@ -40,8 +40,9 @@ def make_optimizer(
     }
     named = list(model.named_parameters())
     layers = 1 + max((int(block[1]) for name, _ in named if (block := _BLOCK.search(name))), default=-1)
+    learning = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     by_depth: dict[int, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in named:
+    for name, parameter in learning:
         depth = depth_below_top(name, layers) if layer_decay != 1 else 0
         by_depth.setdefault(depth, []).append((name, parameter))
     groups = []
@@ -49,6 +50,6 @@ def make_optimizer(
         for decay, is_decayed in ((weight_decay, True), (0.0, False)):
             chosen = [(name, p) for name, p in members if (id(p) in matrices) == is_decayed]
             # Without layer-wise rates there have always been both groups, which a checkpoint repeats.
-            if chosen or layer_decay == 1:
+            if chosen or (layer_decay == 1 and len(learning) == len(named)):
                 groups.append({"params": chosen, "weight_decay": decay, "lr": learning_rate * layer_decay**depth})
     return AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)

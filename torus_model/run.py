@@ -15,18 +15,20 @@ from torch.optim import Optimizer
 from . import checkpoint, data
 from .checkpoint import CheckpointError
 from .config import TrainConfig
+from .distillation import Distillation, load_teacher
 from .evaluation import score
 from .history import History, Validation
-from .lm import TorusLM
+from .lm import Criterion, TorusLM
 from .optimizer import make_optimizer
 from .schedules import make_schedule
 from .tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from .transfer import freeze, keep_zeros
 
 _MAY_CHANGE_ON_RESUME = (
     "steps", "seconds", "validations", "backend", "data", "max_bytes", "activation_checkpointing", "patience",
-    "tensorboard",
+    "tensorboard", "teacher",
 )
-"""Fields that a continued run may set anew. The data may have moved, but its bytes must be the same."""
+"""Fields that a continued run may set anew. Data and teacher may have moved, but their bytes must be the same."""
 
 
 class TrainingError(RuntimeError):
@@ -42,6 +44,7 @@ def training_step(
     first_key: Tensor | None = None,
     accumulate: int = 1,
     autocast: bool = False,
+    criterion: Criterion | None = None,
 ) -> float:
     """One step of gradient descent.
 
@@ -51,17 +54,19 @@ def training_step(
         clip: largest norm of the gradient.
         accumulate: parts of the batch that run one after the other.
         autocast: run the model in bfloat16 where PyTorch's autocast does.
+        criterion: the loss, where it is not the cross-entropy of the targets.
 
     Returns:
         The loss before the step, in nats per token.
     """
     optimizer.zero_grad()
+    options: dict[str, Any] = {} if criterion is None else {"criterion": criterion}
     total, mean = int((targets != data.IGNORED).sum()), 0.0
     keys = [None] * accumulate if first_key is None else first_key.chunk(accumulate)
     for part, goals, first in zip(tokens.chunk(accumulate), targets.chunk(accumulate), keys, strict=True):
         if count := int((goals != data.IGNORED).sum()):
             with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
-                loss = model.loss(part, goals, first_key=first)
+                loss = model.loss(part, goals, first_key=first, **options)
             loss = loss * (count / total)  # the parts' means weigh as their targets do
             loss.backward()
             mean += loss.item()
@@ -95,6 +100,9 @@ class Run:
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer | None = None) -> None:
         self.config = config
+        is_new = tokenizer is None
+        if tokenizer is None and config.initial is not None:
+            tokenizer = checkpoint.load_tokenizer(config.initial)
         if tokenizer is None:
             tokenizer = load_tokenizer(config.tokenizer, special_tokens=config.pack_documents)
         if tokenizer.vocab_size != config.model.vocab_size:
@@ -112,6 +120,17 @@ class Run:
         self.model = TorusLM(
             config.model, backend=config.backend, activation_checkpointing=config.activation_checkpointing
         )
+        if is_new and config.initial is not None:
+            checkpoint.load_initial(self.model, config.initial)
+        freeze(self.model, config.freeze)
+        if is_new and config.keep_zeros:
+            keep_zeros(self.model)
+        self.distillation = None
+        if config.teacher is not None:
+            self.distillation = Distillation(
+                load_teacher(config.teacher, tokenizer, config.backend), config.distill_weight,
+                config.distill_temperature,
+            )
         self._make_optimizer()
         self.generator = torch.Generator().manual_seed(config.seed)
 
@@ -162,7 +181,8 @@ class Run:
         if config.pack_documents:
             first_key, targets = data.within_documents(tokens, targets, self.tokenizer)
         loss = training_step(
-            self.model, self.optimizer, tokens, targets, config.clip, first_key, config.accumulate, config.autocast
+            self.model, self.optimizer, tokens, targets, config.clip, first_key, config.accumulate, config.autocast,
+            self.distillation,
         )
         if not math.isfinite(loss):
             raise TrainingError(f"the loss became {loss} at step {self.step + 1}; a lower learning rate may help")
@@ -188,6 +208,7 @@ class Run:
             "train_config": self.config.to_dict(),
             "tokenizer": self.tokenizer.to_dict(),
             "data_fingerprint": self.fingerprint,
+            "teacher_fingerprint": None if self.distillation is None else self.distillation.fingerprint,
             "seconds": self.stopwatch.seconds,
             "history": self.history.to_dict(),
             # With the learning rate: the schedule has no state of its own.
@@ -208,6 +229,8 @@ class Run:
                 self.model, self.optimizer, self.generator, tensors, metadata["param_groups"],
                 started=bool(history.losses),
             )
+            if self.config.keep_zeros:
+                keep_zeros(self.model)
             self.history = history
             self.stopwatch.start(before=metadata["seconds"])
         except (KeyError, TypeError, RuntimeError) as error:
@@ -218,3 +241,5 @@ class Run:
         checkpoint.check_same_config(path, before, self.config, _MAY_CHANGE_ON_RESUME)
         if metadata["data_fingerprint"] != self.fingerprint:
             raise CheckpointError(f"{path} was made with other text than {self.corpus.source}")
+        if self.distillation is not None and metadata["teacher_fingerprint"] != self.distillation.fingerprint:
+            raise CheckpointError(f"{path} was made with another teacher than {self.config.teacher}")

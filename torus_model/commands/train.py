@@ -17,14 +17,16 @@ from .. import checkpoint
 from ..attention import ROTARY
 from ..checkpoint import CheckpointError
 from ..config import SIZES
-from ..lm import ModelConfig
+from ..lm import ModelConfig, TorusLM
 from ..options import add_option as add
 from ..options import stream_names
 from ..tensorboard import import_writer
 from ..tokenizer import load_tokenizer
 from ..train import TrainConfig, resumable_config, train
+from ..transfer import freeze
 from .dynamics_options import add_dynamics_options
 from .options import check_backend
+from .transfer_options import add_transfer_options
 
 HELP = "train on text"
 
@@ -41,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     existing.add_argument(
         "--resume", action="store_true",
         help="continue the run in DIR as it was configured; of the other options, those of the budget, --data, "
-             "--max-bytes, --activation-checkpointing, --validations, --patience, --tensorboard and --backend may be "
-             "given anew",
+             "--max-bytes, --activation-checkpointing, --validations, --patience, --tensorboard, --teacher and "
+             "--backend may be given anew",
     )
     existing.add_argument("--overwrite", action="store_true", help="start anew although DIR holds a run")
     run, model = TrainConfig(steps=1), SIZES[_DEFAULT_SIZE]
@@ -52,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_text_options(parser.add_argument_group("text"), run)
     _add_training_options(parser.add_argument_group("training"), run)
     add_dynamics_options(parser.add_argument_group("dynamic training"), run)
+    add_transfer_options(parser.add_argument_group("transfer"), run)
     _add_model_options(parser.add_argument_group("model"), model)
 
 
@@ -137,11 +140,16 @@ def configure(run_dir: str, resume: bool, given: dict[str, Any]) -> TrainConfig:
         if of_model:
             raise ValueError(f"a resumed run keeps its model, but got {', '.join(sorted(of_model))}")
         return resumable_config(run_dir, **({"seconds": None, "steps": None} if has_budget else {}) | of_run)
+    budget = {} if has_budget else {"seconds": DEFAULT_SECONDS}
+    if "initial" in given:
+        if fixed := sorted(set(of_model) - {"dropout", "balance_weight"}):
+            raise ValueError(f"--from takes the model of its checkpoint, but got {', '.join(fixed)}")
+        model = dataclasses.replace(checkpoint.load_model_config(given["initial"]), **of_model)
+        return TrainConfig(model=model, **{"seq_len": model.lattice.num_sites} | budget | of_run)
     size = SIZES[of_model.pop("size", _DEFAULT_SIZE)]
     tokenizer = load_tokenizer(given.get("tokenizer"), special_tokens=given.get("pack_documents", False))
     model = dataclasses.replace(size, vocab_size=tokenizer.vocab_size, **of_model)
-    defaults = {"seq_len": size.lattice.num_sites} | ({} if has_budget else {"seconds": DEFAULT_SECONDS})
-    return TrainConfig(model=model, **defaults | of_run)
+    return TrainConfig(model=model, **{"seq_len": size.lattice.num_sites} | budget | of_run)
 
 
 def prepare(options: argparse.Namespace) -> Callable[[], None]:
@@ -158,6 +166,8 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
         check_backend(config.backend, config.model, torch.bfloat16)
     if config.tensorboard:
         import_writer()
+    with torch.device("meta"):
+        freeze(TorusLM(config.model), config.freeze)  # raises now, not in the run
 
     def run() -> None:
         result = train(config, run_dir, resume=resume)
