@@ -81,8 +81,8 @@ struct ForwardKernel {
     const int64_t strides[2] = {in.k.token, in.v.token};
 
     const int own_at = 2 * kBufferBytes, slices_at = own_at + warp.count() * Tile<E, D>::bytes(kOwnRows);
-    const Tile<E, D> own_tile{
-        warp.template shared<E>(own_at + warp.index() * Tile<E, D>::bytes(kOwnRows), kOwnRows * D)};
+    OwnFragments<E, D, true> query{
+        {warp.template shared<E>(own_at + warp.index() * Tile<E, D>::bytes(kOwnRows), kOwnRows * D)}, {}};
     WarpSlices slices{warp.template shared<float>(slices_at + warp.index() * kSliceBytes, WarpSlices::kFloats), {}};
     const auto tile = [&](int buffer, int which) {
       return Tile<E, D>{warp.template shared<E>(buffer * kBufferBytes + which * kTileBytes, kOtherRows * D)};
@@ -91,11 +91,8 @@ struct ForwardKernel {
       return warp.template shared<int>(buffer * kBufferBytes + 2 * kTileBytes, kOtherRows);
     };
 
-    copy_own_rows<1, E, D>(in, warp, own, {queries}, {in.q.token}, {own_tile});
-    Left<E> query[D / kDepth];
-TORUS_UNROLL
-    for (int k = 0; k < D / kDepth; ++k) query[k] = own_tile.left(0, k * kDepth);
-    const auto query_of = [&](int k) -> const Left<E>& { return query[k]; };
+    copy_own_rows<1, E, D>(in, warp, own, {queries}, {in.q.token}, {query.tile});
+    query.load();
 
     Lane<int> oldest[2];
     for (int half = 0; half < 2; ++half) oldest[half] = oldest_key(in, head.batch, own.token[half]);
@@ -106,7 +103,7 @@ TORUS_UNROLL
     Sum scores[kTilesOfOthers];
     const auto score = [&](const OtherPlace& other, int buffer) {
       if (!slices.fill(in, warp, own, other, slope)) return false;
-      multiply_rows<kTilesOfOthers, E, D>(scores, query_of, tile(buffer, 0), 0);
+      multiply_rows(scores, query, tile(buffer, 0), 0);
       if (in.first_key != nullptr || other.count < kOtherRows) hide<false>(scores, oldest, tokens(buffer), 0);
       return true;
     };

@@ -44,6 +44,11 @@ TORUS_DEVICE Head query_head(const Operands& in, int64_t local) {
   return {global / in.heads.query, h, h / in.heads.group(), local};
 }
 
+// Of the launch's key/value head `local`, member of its group.
+TORUS_DEVICE Head member_head(const Operands& in, int64_t local, int member) {
+  return query_head(in, local * in.heads.group() + member);
+}
+
 template <class E>
 TORUS_DEVICE E* rows_of(const Tokens& tokens, int64_t batch, int head) {
   return static_cast<E*>(tokens.data) + batch * tokens.batch + head * tokens.head;

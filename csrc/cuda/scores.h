@@ -26,9 +26,29 @@ TORUS_DEVICE Lane<float> anchor(const Lane<float>& maximum) {
   return select(maximum == kNegativeInfinity, Lane<float>(0.0f), maximum);
 }
 
-// sums (+)= own rows * others^T, of columns col0 ... of the tile of others.
-template <int kTiles, class E, int D, class OwnFragment>
-TORUS_DEVICE void multiply_rows(Sum (&sums)[kTiles], OwnFragment own, const Tile<E, D>& others, int row0) {
+// A warp's own rows as left operands: in registers, or loaded at every use where registers are needed for sums.
+template <class E, int D, bool kHeld>
+struct OwnFragments {
+  Tile<E, D> tile;
+  Left<E> held[kHeld ? D / kDepth : 1];
+
+  // Once the tile is there.
+  TORUS_DEVICE void load() {
+    if constexpr (kHeld) {
+      TORUS_UNROLL
+      for (int k = 0; k < D / kDepth; ++k) held[k] = tile.left(0, k * kDepth);
+    }
+  }
+  TORUS_DEVICE Left<E> operator()(int k) const {
+    if constexpr (kHeld) return held[k];
+    return tile.left(0, k * kDepth);
+  }
+};
+
+// sums = own rows * rows row0 ... + 8 kTiles - 1 of others^T
+template <int kTiles, class E, int D, bool kHeld>
+TORUS_DEVICE void multiply_rows(Sum (&sums)[kTiles], const OwnFragments<E, D, kHeld>& own, const Tile<E, D>& others,
+                                int row0) {
   static_assert(kTiles % 2 == 0, "others are loaded sixteen at a time");
 TORUS_UNROLL
   for (int t = 0; t < kTiles; ++t) sums[t] = zero_sum();
