@@ -129,7 +129,8 @@ def cuda_emulation() -> Library:
 
 def _cuda_units(kernel_flags: tuple[str, ...]) -> tuple[Unit, ...]:
     bindings = Unit("bindings", "cuda/bindings.cpp", _TORCH_TARGET, isa=None, needs_torch=True)
-    kernels = [Unit(name, f"cuda/{name}.cu", kernel_flags, isa=None) for name in ("attention_forward", "companions")]
+    names = ("attention_forward", "attention_backward", "companions")
+    kernels = [Unit(name, f"cuda/{name}.cu", kernel_flags, isa=None) for name in names]
     return (bindings, *kernels)
 
 
