@@ -10,7 +10,8 @@ import torus_kernels
 from torus_kernels import DEFAULT_DECAY, Stream, TorusLattice
 from torus_kernels.backends import reference
 from torus_model import ModelConfig, TorusAttention, TorusBlock, TorusLM
-from torus_model.attention import ALPHA_RANGE, INITIAL_ALPHA, SMALLEST_INITIAL_DECAY
+from torus_model.attention import SMALLEST_INITIAL_DECAY
+from torus_model.compounding import ALPHA_RANGE, INITIAL_ALPHA
 
 # The longest sequence exceeds the lattice's 48 sites, so that every stream, the window's end included, takes part.
 SMALL = ModelConfig(vocab_size=31, width=32, layers=3, heads=4, n_major=6, n_minor=8, cross_radius=(2, 3),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +15,27 @@ from torus_kernels import (
     Stream,
     TorusKVCache,
     TorusLattice,
+    TorusStats,
     lattice_rope,
     torus_attention,
     torus_attention_decode,
+    torus_attention_with_stats,
 )
 from torus_kernels.backends import check_name
 from torus_kernels.checks import parameter_dtype
 from torus_kernels.lattice import NUM_STREAMS
 
+from .compounding import (
+    ALPHA_RANGE,
+    MomentumCompounding,
+    MultiscaleCompounding,
+    State,
+    bounded,
+    check_memory,
+    initial_alphas,
+    unbounded,
+)
 from .rotary import sequence_rope
-
-ALPHA_RANGE = (0.1, 0.99)
-"""Alpha is a sigmoid mapped into this range: a layer can neither ignore its own attention nor forget its state."""
-
-INITIAL_ALPHA = 0.9
 
 SMALLEST_INITIAL_DECAY = 0.05
 """Initial decay of the streams whose default is 0, which a softplus cannot reach.
@@ -57,7 +65,8 @@ class TorusAttention(nn.Module):
     Queries and keys pass an RMSNorm over the head dimension (QK-norm) and rotary positions. The streams are mixed by
     a softmax, of one logit per head and stream or, ``token_gated``, of a linear function of the token. The geodesic
     decay is a softplus, one per head and stream. A layer with ``compounding`` blends its output into the state of
-    the layer before, ``state + alpha * (y - state)``, with one alpha per head in `ALPHA_RANGE`, within the operator.
+    the layer before, ``state + alpha * (y - state)``, with one alpha per head in `ALPHA_RANGE`, within the operator;
+    with ``ema_momentum`` or several ``ema_scales`` after it, as `MomentumCompounding` and `MultiscaleCompounding` say.
 
     Only the streams of the lattice have parameters; one left out gets weight 0.
 
@@ -70,11 +79,16 @@ class TorusAttention(nn.Module):
         token_gated: stream weights from each token instead of one set per head.
         compounding: whether `forward` takes the state of a layer before, with the alpha to learn for it.
         rotary: one of `ROTARY`; positions along the sequence are for the causal topology.
+        ema_momentum: compound with momentum.
+        ema_scales: number of time constants of the compounding (S), each with its own alpha; without momentum, if
+            more than one.
+        adaptive_alpha: multiply alpha by the buffer ``alpha_factor``, 1 at first, which training may set
+            (`torus_model.coherence.alpha_factor`).
         backend: backend of `torus_attention`.
 
     Raises:
-        TypeError, ValueError: ``backend`` or ``rotary`` names none; a size that the operator refuses raises in
-            `forward`.
+        TypeError, ValueError: ``backend`` or ``rotary`` names none, or momentum and several time constants are asked
+            for; a size that the operator refuses raises in `forward`.
     """
 
     def __init__(
@@ -88,9 +102,13 @@ class TorusAttention(nn.Module):
         token_gated: bool = False,
         compounding: bool = False,
         rotary: str = "lattice",
+        ema_momentum: bool = False,
+        ema_scales: int = 1,
+        adaptive_alpha: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check_memory(ema_momentum, ema_scales)
         if rotary not in ROTARY or (rotary == "sequence" and lattice.topology != "causal"):
             raise ValueError(f"rotary must be 'lattice' or, in the causal topology, 'sequence', got {rotary!r} in the "
                              f"{lattice.topology} topology")
@@ -113,13 +131,20 @@ class TorusAttention(nn.Module):
         self.stream_gate = nn.Linear(width, heads * len(streams)) if token_gated else None
         self.stream_logits = None if token_gated else nn.Parameter(torch.empty(heads, len(streams)))
         self.raw_decay = nn.Parameter(torch.empty(heads, len(streams)))
-        self.raw_alpha = nn.Parameter(torch.empty(heads)) if compounding else None
+        alphas = (heads,) if ema_scales == 1 else (ema_scales, heads)
+        self.raw_alpha = nn.Parameter(torch.empty(alphas)) if compounding else None
+        self.memory: MomentumCompounding | MultiscaleCompounding | None = None  # in place of the operator's own
+        if compounding and ema_momentum:
+            self.memory = MomentumCompounding(heads)
+        elif compounding and ema_scales > 1:
+            self.memory = MultiscaleCompounding(ema_scales)
+        self.register_buffer("alpha_factor", torch.ones(()) if compounding and adaptive_alpha else None)
         self.reset_stream_parameters()
 
     @torch.no_grad()
     def reset_stream_parameters(self, decay: Sequence[float] = DEFAULT_DECAY) -> None:
         """Starts from equal stream weights, a ``decay`` for each of the eight streams, by default the operator's, and
-        `INITIAL_ALPHA`."""
+        the initial alpha, beta and weights of the compounding."""
         if self.stream_gate is not None:
             nn.init.zeros_(self.stream_gate.weight)
             nn.init.zeros_(self.stream_gate.bias)
@@ -128,8 +153,10 @@ class TorusAttention(nn.Module):
         initial = torch.tensor(decay).clamp(min=SMALLEST_INITIAL_DECAY).to(self.raw_decay)
         self.raw_decay.copy_(inverse_softplus(initial[self.stream_index]))
         if self.raw_alpha is not None:
-            low, high = ALPHA_RANGE
-            self.raw_alpha.fill_(torch.logit(torch.tensor((INITIAL_ALPHA - low) / (high - low))))
+            initial = unbounded(initial_alphas(self.raw_alpha.numel() // self.heads), ALPHA_RANGE)  # [S]
+            self.raw_alpha.copy_(initial[:, None].expand(-1, self.heads).reshape(self.raw_alpha.shape))
+        if self.memory is not None:
+            self.memory.reset_parameters()
 
     @torch.no_grad()
     def grade_heads(self) -> None:
@@ -170,11 +197,11 @@ class TorusAttention(nn.Module):
         return self._all_streams(F.softplus(self.raw_decay.to(parameter_dtype(self.raw_decay.dtype))))
 
     def alpha(self) -> Tensor | None:
-        """Rate of compounding ``[H]``, or None in a layer without a state."""
+        """Rate of compounding ``[H]``, of each time constant ``[S, H]``, or None in a layer without a state."""
         if self.raw_alpha is None:
             return None
-        low, high = ALPHA_RANGE
-        return low + (high - low) * torch.sigmoid(self.raw_alpha.to(parameter_dtype(self.raw_alpha.dtype)))
+        alpha = bounded(self.raw_alpha, ALPHA_RANGE)
+        return alpha if self.alpha_factor is None else alpha * self.alpha_factor
 
     def _all_streams(self, values: Tensor) -> Tensor:
         """``[..., streams of the lattice] -> [..., 8]``, zero where a stream is left out."""
@@ -185,32 +212,37 @@ class TorusAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        state: Tensor | None = None,
+        state: State | None = None,
         *,
         first_key: Tensor | None = None,
         offset: int = 0,
         cache: TorusKVCache | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        on_stats: Callable[[TorusStats, Tensor], None] | None = None,
+    ) -> tuple[Tensor, State]:
         """Attends.
 
         Args:
             x: ``[B, T, width]``.
-            state: the state that the layer before returned, ``[B, H, T, D]``; exactly in a layer with compounding.
+            state: the state that the layer before returned; exactly in a layer with compounding.
             first_key: as in `torus_attention`.
             offset: position of the first token, as in `lattice_rope`.
             cache: takes the keys and values of the tokens. An empty one takes any number; afterwards one token at a
                 time attends to what it holds, at the position that it gives, without gradient.
+            on_stats: called with the statistics of the streams and the stream weights; not from a cache.
 
         Returns:
-            The projected output ``[B, T, width]`` and the state for the next layer ``[B, H, T, D]``.
+            The projected output ``[B, T, width]`` and the state for the next layer, ``[B, H, T, D]`` unless there is
+            momentum or several time constants (`torus_model.compounding.State`).
 
         Raises:
-            ValueError: a state is missing or not wanted, several tokens come to a cache that is not empty, or the
-                operator refuses an argument.
+            ValueError: a state is missing or not wanted, several tokens come to a cache that is not empty, statistics
+                are wanted from a cache, or the operator refuses an argument.
         """
         if (state is not None) != self.compounding:
             wanted, got = ("needs", "none") if self.compounding else ("takes no", "one")
             raise ValueError(f"a layer with compounding={self.compounding} {wanted} state, got {got}")
+        if cache is not None and on_stats is not None:
+            raise ValueError("on_stats takes no cache: decoding gives no statistics")
         # The transposes are views: the operator takes any strides and keeps this memory order.
         q = self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, -1))).transpose(1, 2)  # [B, H, T, D]
         k = self.k_norm(self.k_proj(x).unflatten(-1, (self.kv_heads, -1))).transpose(1, 2)  # [B, Hkv, T, D]
@@ -223,14 +255,21 @@ class TorusAttention(nn.Module):
             q, k = sequence_rope(q, k, offset=offset)
         else:
             q, k = (lattice_rope(y, self.lattice, offset=offset) for y in (q, k))
-        options = {
-            "stream_weights": self.stream_weights(x), "decay": self.decay(), "ema_state": state,
-            "ema_alpha": self.alpha(), "first_key": first_key, "backend": self.backend,
+        options: dict[str, Any] = {
+            "stream_weights": self.stream_weights(x), "decay": self.decay(), "first_key": first_key,
+            "backend": self.backend,
         }
+        alpha = self.alpha()
+        if self.memory is None:
+            options |= {"ema_state": state, "ema_alpha": alpha}
         if cache is not None:
             cache.append(k, v)
         if cache is not None and offset > 0:
             out = torus_attention_decode(q, cache, **options)  # [B, H, 1, D]
+        elif on_stats is not None:
+            out, stats = torus_attention_with_stats(q, k, v, self.lattice, **options)
+            on_stats(stats, options["stream_weights"])
         else:
             out = torus_attention(q, k, v, self.lattice, **options)  # [B, H, T, D]
-        return self.out_proj(out.transpose(1, 2).flatten(-2)), out
+        out, state = (out, out) if self.memory is None else self.memory(out, state, alpha)
+        return self.out_proj(out.transpose(1, 2).flatten(-2)), state

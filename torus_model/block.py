@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torus_kernels import TorusLattice
 
 from .attention import TorusAttention
+from .compounding import State
 from .moe import MixtureOfExperts
 
 
@@ -49,7 +50,7 @@ class AttentionBlock(nn.Module):
         self.ff = layers[0] if experts == 1 else MixtureOfExperts(layers, width, experts_per_token)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, state: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, state: State | None = None, **options: Any) -> tuple[Tensor, State | None]:
         """``x`` ``[B, T, width]`` and the state for the next block; the attention takes the ``options``."""
         attended, state = self.attention(self.attention_norm(x), state, **options)
         x = x + self.dropout(attended)
@@ -61,7 +62,8 @@ class TorusBlock(AttentionBlock):
 
     Args:
         width, ff_width, dropout, experts, experts_per_token: as in `AttentionBlock`.
-        heads, lattice, kv_heads, token_gated, compounding, rotary, backend: as in `TorusAttention`.
+        heads, lattice, kv_heads, token_gated, compounding, rotary, ema_momentum, ema_scales, adaptive_alpha, backend:
+            as in `TorusAttention`.
     """
 
     def __init__(
@@ -76,13 +78,16 @@ class TorusBlock(AttentionBlock):
         token_gated: bool = False,
         compounding: bool = False,
         rotary: str = "lattice",
+        ema_momentum: bool = False,
+        ema_scales: int = 1,
+        adaptive_alpha: bool = False,
         backend: str | None = None,
         experts: int = 1,
         experts_per_token: int = 2,
     ) -> None:
         attention = TorusAttention(
             width, heads, lattice, kv_heads=kv_heads, token_gated=token_gated, compounding=compounding, rotary=rotary,
-            backend=backend,
+            ema_momentum=ema_momentum, ema_scales=ema_scales, adaptive_alpha=adaptive_alpha, backend=backend,
         )
         super().__init__(
             width, attention, ff_width=ff_width, dropout=dropout, experts=experts, experts_per_token=experts_per_token

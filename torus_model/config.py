@@ -81,6 +81,8 @@ class TrainConfig(DynamicsConfig, TransferConfig):
         validation_windows: sequences in the validation set, spread evenly over the validation part.
         patience: stop after so many validations without an improvement, and keep the best checkpoint; None to go on.
         tensorboard: write logs for TensorBoard.
+        coherence_every: measure the coherence of the layers every so many steps; None for never. A model with
+            ``adaptive_alpha`` needs it.
         seed: of the initial weights, the batches and the dropout; at least 0 and below 2**63.
         backend: backend of `torus_attention`; None for the best that can run.
 
@@ -111,6 +113,7 @@ class TrainConfig(DynamicsConfig, TransferConfig):
     validation_windows: int = 32
     patience: int | None = None
     tensorboard: bool = False
+    coherence_every: int | None = None
     seed: int = 0
     backend: str | None = None
 
@@ -121,7 +124,7 @@ class TrainConfig(DynamicsConfig, TransferConfig):
             raise ValueError("a run has a budget of either steps or seconds: give exactly one")
         check_positive_integers(
             self, "max_bytes", "seq_len", "batch_size", "accumulate", "validations", "validation_windows",
-            optional=["steps", "patience"],
+            optional=["steps", "patience", "coherence_every"],
         )
         check_numbers(
             self, "learning_rate", "clip", optional=["seconds"], where=lambda x: 0 < x < math.inf, needs="positive"
@@ -134,6 +137,8 @@ class TrainConfig(DynamicsConfig, TransferConfig):
         check_seed(self.seed)
         if self.batch_size % self.accumulate != 0:
             raise ValueError(f"accumulate must divide batch_size = {self.batch_size}, got {self.accumulate}")
+        if self.model.adaptive_alpha and self.coherence_every is None:
+            raise ValueError("adaptive_alpha follows what is measured: it needs coherence_every, got None")
         if self.initial is not None and self.tokenizer is not None:
             raise ValueError(f"a run from an initial checkpoint has its tokenizer, but got tokenizer = "
                              f"{self.tokenizer!r}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .coherence_tracking import CoherencePoint
 from .files import replacing
 
 
@@ -48,10 +49,12 @@ class History:
         losses: what every training step descended, in nats per token: the mean cross-entropy and, where there are
             any, the terms of a teacher and of a mixture of experts.
         validation: the validation curve; the first point is the untrained model.
+        coherence: of the layers over training, where it is measured.
     """
 
     losses: list[float] = field(default_factory=list)
     validation: list[Validation] = field(default_factory=list)
+    coherence: list[CoherencePoint] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as values that JSON can hold."""
@@ -62,7 +65,8 @@ class History:
         """The history of `to_dict`."""
         # Runs of bytes have been recorded without the perplexity.
         points = [{"perplexity": 2 ** point["bits_per_byte"]} | point for point in fields["validation"]]
-        return cls(list(fields["losses"]), [Validation(**point) for point in points])
+        coherence = [CoherencePoint(**point) for point in fields.get("coherence", [])]
+        return cls(list(fields["losses"]), [Validation(**point) for point in points], coherence)
 
     @property
     def best(self) -> int | None:

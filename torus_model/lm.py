@@ -13,16 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from torus_kernels import TorusLattice
+from torus_kernels import TorusLattice, TorusStats
 from torus_kernels.checks import parameter_dtype
 
 from .attention import ROTARY
 from .block import TorusBlock
 from .checks import check_heads, check_numbers, check_positive_integers
+from .compounding import check_memory
 from .moe import MixtureOfExperts, collected_balance
+from .positions import SinusoidalPositions
 
 if TYPE_CHECKING:
     from .cache import LMCache
+
+EMBEDDING_STD = 0.02
+"""Initial standard deviation of the embedding, as of GPT-2."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,10 @@ class ModelConfig:
         graded_heads: heads begin with windows of different widths, as `TorusAttention.grade_heads` says; otherwise all
             begin alike.
         qk_gain: initial gain of the norm of queries.
+        sinusoidal_positions: add `SinusoidalPositions` to the embedding; the rotary ones stay.
+        ema_momentum: compound from layer to layer with momentum, as `MomentumCompounding`.
+        ema_scales: time constants of the compounding; with more than one, as `MultiscaleCompounding`.
+        adaptive_alpha: scale alpha by the coherence of earlier training steps (`torus_model.coherence`).
 
     Raises:
         TypeError, ValueError: a field has the wrong type or value; the message names it.
@@ -75,10 +84,14 @@ class ModelConfig:
     rotary: str = "lattice"
     graded_heads: bool = False
     qk_gain: float = 1.0
+    sinusoidal_positions: bool = False
+    ema_momentum: bool = False
+    ema_scales: int = 1
+    adaptive_alpha: bool = False
 
     def __post_init__(self) -> None:
         check_positive_integers(
-            self, "vocab_size", "width", "layers", "heads", "experts", "experts_per_token",
+            self, "vocab_size", "width", "layers", "heads", "experts", "experts_per_token", "ema_scales",
             optional=("kv_heads", "ff_width"),
         )
         check_heads(self.width, self.heads)
@@ -92,6 +105,9 @@ class ModelConfig:
         check_numbers(self, "qk_gain", where=lambda x: 0 < x < math.inf, needs="positive")
         if self.rotary not in ROTARY:
             raise ValueError(f"rotary must be one of {', '.join(ROTARY)}, got {self.rotary!r}")
+        check_memory(self.ema_momentum, self.ema_scales)
+        if not self.compounding and (self.ema_momentum or self.ema_scales > 1 or self.adaptive_alpha):
+            raise ValueError("ema_momentum, ema_scales and adaptive_alpha need compounding, got compounding = False")
         lattice = self.lattice  # checks the lattice's fields
         # One form for each value, whatever collection it came in: configurations compare and travel through JSON.
         object.__setattr__(self, "cross_radius", lattice.cross_radius)
@@ -128,7 +144,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def initialise(embedding: nn.Embedding, blocks: nn.ModuleList, qk_gain: float) -> None:
     """Draws the weights of the matrices of a language model of `AttentionBlock` s, and sets the gain of queries."""
-    nn.init.normal_(embedding.weight, std=0.02)
+    nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
     for block in blocks:
         attention = block.attention
         nn.init.constant_(attention.q_norm.weight, qk_gain)
@@ -163,11 +179,13 @@ class TorusLM(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         lattice = config.lattice
         self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.positions = SinusoidalPositions(config.width, EMBEDDING_STD) if config.sinusoidal_positions else None
         self.blocks = nn.ModuleList(
             TorusBlock(
                 config.width, config.heads, lattice, ff_width=config.ff_width, dropout=config.dropout,
                 kv_heads=config.kv_heads, token_gated=config.token_gated, compounding=config.compounding and layer > 0,
-                rotary=config.rotary, backend=backend, experts=config.experts,
+                rotary=config.rotary, ema_momentum=config.ema_momentum, ema_scales=config.ema_scales,
+                adaptive_alpha=config.adaptive_alpha, backend=backend, experts=config.experts,
                 experts_per_token=config.experts_per_token,
             )
             for layer in range(config.layers)
@@ -185,6 +203,7 @@ class TorusLM(nn.Module):
         first_key: Tensor | None = None,
         offset: int = 0,
         cache: LMCache | None = None,
+        on_stats: Callable[[TorusStats, Tensor], None] | None = None,
     ) -> Tensor:
         """Logits of the next token.
 
@@ -193,15 +212,18 @@ class TorusLM(nn.Module):
             first_key: ``[B, T]``, as in `torus_attention`: a token sees nothing before this position.
             offset: position of the first token in its text; with a cache that counts, it is not looked at.
             cache: keeps the keys and values of the tokens, as in `TorusAttention`.
+            on_stats: called by every layer in turn, as in `TorusAttention`; without a cache.
 
         Returns:
             ``[B, T, vocab_size]``.
         """
         x = self.embedding(tokens)  # [B, T, width]
+        if self.positions is not None:
+            x = self.positions(x, offset=offset if cache is None else len(cache), first_key=first_key)
         state = None
         for layer, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[layer]
-            options = {"first_key": first_key, "offset": offset, "cache": layer_cache}
+            options = {"first_key": first_key, "offset": offset, "cache": layer_cache, "on_stats": on_stats}
             if not block.attention.compounding:
                 state = None
             if self.activation_checkpointing and torch.is_grad_enabled():

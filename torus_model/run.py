@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint, data
 from .checkpoint import CheckpointError
+from .coherence_tracking import CoherenceTracker
 from .config import TrainConfig
 from .distillation import Distillation, load_teacher
 from .evaluation import score
@@ -26,7 +27,7 @@ from .transfer import freeze, keep_zeros
 
 _MAY_CHANGE_ON_RESUME = (
     "steps", "seconds", "validations", "backend", "data", "max_bytes", "activation_checkpointing", "patience",
-    "tensorboard", "teacher",
+    "tensorboard", "teacher", "coherence_every",
 )
 """Fields that a continued run may set anew. Data and teacher may have moved, but their bytes must be the same."""
 
@@ -133,6 +134,7 @@ class Run:
             )
         self._make_optimizer()
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.coherence = None if config.coherence_every is None else CoherenceTracker(config.model.layers)
 
     def _make_optimizer(self) -> None:
         config = self.config
@@ -188,6 +190,10 @@ class Run:
             raise TrainingError(f"the loss became {loss} at step {self.step + 1}; a lower learning rate may help")
         self.history.losses.append(loss)
         self.scheduler.step()
+        if self.coherence is not None and self.step % (config.coherence_every or 1) == 0:
+            part = slice(config.batch_size // config.accumulate)
+            keys = None if first_key is None else first_key[part]
+            self.history.coherence.append(self.coherence.observe(self.model, self.step, tokens[part], keys))
         return loss
 
     def validate(self) -> Validation:
@@ -203,7 +209,10 @@ class Run:
         return self.history.validation[-1]
 
     def save(self, path: Path, *, keep_previous: bool = False) -> None:
-        checkpoint.save(path, checkpoint.training_tensors(self.model, self.optimizer, self.generator), {
+        tensors = checkpoint.training_tensors(self.model, self.optimizer, self.generator)
+        if self.coherence is not None:
+            tensors |= self.coherence.checkpoint_tensors()
+        checkpoint.save(path, tensors, {
             "model_config": self.config.model.to_dict(),
             "train_config": self.config.to_dict(),
             "tokenizer": self.tokenizer.to_dict(),
@@ -231,6 +240,8 @@ class Run:
             )
             if self.config.keep_zeros:
                 keep_zeros(self.model)
+            if self.coherence is not None:
+                self.coherence.load(tensors)
             self.history = history
             self.stopwatch.start(before=metadata["seconds"])
         except (KeyError, TypeError, RuntimeError) as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .coherence import MEASURES
+from .coherence_tracking import CoherencePoint
 from .history import Validation
 from .run import TrainingError
 
@@ -55,6 +57,13 @@ class TensorBoardLog:
         self._writer.add_scalar("validation/bits_per_byte", point.bits_per_byte, point.step)
         self._writer.add_scalar("validation/perplexity", point.perplexity, point.step)
         self._writer.flush()
+
+    def write_coherence(self, point: CoherencePoint) -> None:
+        """The means over the layers of what was measured, and the score of each layer."""
+        for name in MEASURES:
+            self._writer.add_scalar(f"coherence/{name}", point.mean(name), point.step)
+        for layer, score in enumerate(point.score):
+            self._writer.add_scalar(f"coherence_score/layer_{layer}", score, point.step)
 
     def __enter__(self) -> TensorBoardLog:
         return self

@@ -37,6 +37,9 @@ __all__ = [
 
 _EXPORTS = ("history.json", "validation.png")
 
+COHERENCE_PLOT = "coherence.png"
+"""Beside them in the folder of a run that measures coherence."""
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -168,6 +171,8 @@ def train(
             log = stack.enter_context(TensorBoardLog(run_dir, run.step)) if config.tensorboard else None
             # Called while the stack unwinds, also at an early end.
             stack.callback(run.history.write_plot, plot_file, bytes_per_token=run.bytes_per_token)
+            if run.coherence is not None:
+                stack.callback(run.coherence.write_plot, run.history.coherence, run_dir / COHERENCE_PLOT)
 
             def record() -> None:
                 point = run.validate()
@@ -191,6 +196,8 @@ def train(
                 bar.update(loss)
                 if log is not None:
                     log.write_step(run.step, loss, max(map(float, run.scheduler.get_last_lr())))
+                    if run.history.coherence and run.history.coherence[-1].step == run.step:
+                        log.write_coherence(run.history.coherence[-1])
                 if (due := int(run.progress * config.validations)) > validated:
                     record()
                     validated = due

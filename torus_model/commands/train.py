@@ -22,7 +22,7 @@ from ..options import add_option as add
 from ..options import stream_names
 from ..tensorboard import import_writer
 from ..tokenizer import load_tokenizer
-from ..train import TrainConfig, resumable_config, train
+from ..train import COHERENCE_PLOT, TrainConfig, resumable_config, train
 from ..transfer import freeze
 from .dynamics_options import add_dynamics_options
 from .options import check_backend
@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     existing.add_argument(
         "--resume", action="store_true",
         help="continue the run in DIR as it was configured; of the other options, those of the budget, --data, "
-             "--max-bytes, --activation-checkpointing, --validations, --patience, --tensorboard, --teacher and "
-             "--backend may be given anew",
+             "--max-bytes, --activation-checkpointing, --validations, --patience, --tensorboard, --coherence-every, "
+             "--teacher and --backend may be given anew",
     )
     existing.add_argument("--overwrite", action="store_true", help="start anew although DIR holds a run")
     run, model = TrainConfig(steps=1), SIZES[_DEFAULT_SIZE]
@@ -91,6 +91,8 @@ def _add_training_options(training: Any, run: TrainConfig) -> None:
     add(training, "--patience", "stop after so many validations without an improvement, and keep the best checkpoint "
         f"in {checkpoint.BEST_FILE_NAME} (default: never)", type=int, metavar="VALIDATIONS")
     _switch(training, "--tensorboard", "write logs for TensorBoard into DIR/tensorboard", run.tensorboard)
+    add(training, "--coherence-every", "measure the coherence of the layers every so many steps, and draw it in "
+        f"{COHERENCE_PLOT} (default: never)", type=int, metavar="STEPS")
     add(training, "--seed", "of weights, batches and dropout", run.seed, type=int)
     add(training, "--backend", "kernels to use (default: the best that can run)", choices=BACKENDS)
 
@@ -128,6 +130,13 @@ def _add_model_options(architecture: Any, model: ModelConfig) -> None:
             model.graded_heads)
     add(architecture, "--qk-gain", "initial gain of the norm of queries", model.qk_gain, type=float)
     add(architecture, "--dropout", "probability on the output of each branch", model.dropout, type=float)
+    _switch(architecture, "--sinusoidal-positions", "add sinusoidal positions to the embedding",
+            model.sinusoidal_positions)
+    _switch(architecture, "--ema-momentum", "compound from layer to layer with momentum", model.ema_momentum)
+    add(architecture, "--ema-scales", "time constants of the compounding; more than one exclude momentum",
+        model.ema_scales, type=int, metavar="S")
+    _switch(architecture, "--adaptive-alpha", "scale the rate of compounding by the coherence of earlier steps; needs "
+            "--coherence-every", model.adaptive_alpha)
 
 
 def configure(run_dir: str, resume: bool, given: dict[str, Any]) -> TrainConfig:
