@@ -16,6 +16,7 @@ from torus_model.train import TrainingError
 
 from . import (
     arguments,
+    coherence,
     compare,
     cpu,
     decode,
@@ -33,7 +34,7 @@ from .accuracy import WrongResult
 from .report import ReportError
 from .show import markdown_of
 
-_COMMANDS = (cpu, growth, threads, decode, compare, precision, gpu, field, language, generation)
+_COMMANDS = (cpu, growth, threads, decode, compare, precision, gpu, field, language, generation, coherence)
 _EXPECTED = (BackendError, CheckpointError, DataError, FieldDataError, OSError, ReportError, TrainingError, WrongResult,
              compare.ComparisonError)
 

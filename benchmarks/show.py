@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from . import field_report, fuzz_report, generation, gpu_report, language_report, precision_report
+from . import coherence_report, field_report, fuzz_report, generation, gpu_report, language_report, precision_report
 from .report import Report
 from .tables import markdown_report
 
@@ -36,6 +36,8 @@ def markdown_of(path: Path) -> str:
         return field_report.markdown(field_report.FieldReport.load(path))
     if kind == precision_report.KIND:
         return precision_report.markdown(precision_report.PrecisionReport.load(path))
+    if kind == coherence_report.KIND:
+        return coherence_report.markdown(coherence_report.CoherenceReport.load(path))
     if kind == language_report.KIND:
         return language_report.markdown(language_report.LanguageReport.load(path))
     if kind == generation.KIND:
