@@ -42,7 +42,7 @@ def add_parser(commands) -> None:
 
 
 def _run(given: argparse.Namespace, console: Console) -> None:
-    config = TrainConfig(steps=given.steps, data=given.data, validations=4,
+    config = TrainConfig(steps=given.steps, data=given.data, validations=4, validation_windows=16,
                          coherence_every=min(given.every, given.steps))
     run(config, [option for option in OPTIONS if option == BASELINE or option in given.options],
         seeds=given.seeds, output=given.output, console=console)

@@ -149,9 +149,9 @@ def markdown(report: CoherenceReport) -> str:
     return (f"{grid(report).markdown()}\n\nAfter {config['steps']} steps of {config['batch_size']} sequences of "
             f"{config['seq_len']} bytes; means over {len(baseline)} seeds, in parentheses the range of the differences "
             "from the baseline with the same seed, and so the same initial weights and batches. The baselines "
-            f"themselves range over {max(baseline) - min(baseline):.3f} bits per byte. Measures are means over the layers at the last "
-            f"measurement. Width {model['width']}, {model['layers']} layers, lattice {model['n_major']} x "
-            f"{model['n_minor']}; text of {config['data'] or 'the Python standard library'}. "
+            f"themselves range over {max(baseline) - min(baseline):.3f} bits per byte. Measures are means "
+            f"over the layers at the last measurement. Width {model['width']}, {model['layers']} layers, lattice "
+            f"{model['n_major']} x {model['n_minor']}; text of {config['data'] or 'the Python standard library'}. "
             f"{environment.describe(report.machine)}.")
 
 
