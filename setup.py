@@ -85,6 +85,7 @@ def version():
 EXTRAS = {
     "model": ["safetensors", "tqdm", "matplotlib"],
     "text": ["tokenizers"],
+    "quantize": ["torchao>=0.18"],
     "tensorboard": ["tensorboard"],
     "field": ["scipy", "h5py"],  # to read the public Navier-Stokes files
     "bench": ["pytest-benchmark", "rich", "matplotlib"],

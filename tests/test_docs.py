@@ -31,6 +31,7 @@ TINY = {
              "--validations 1 --validation-windows 2",
     "tokenizer train": "--vocab-size 270",
     "evaluate": "--windows 2",
+    "compress": "--windows 2",
     "generate": "--bytes 8",
     "field generate": "--trajectories 6 --resolution 16 --solve-resolution 16 --frames 5",
     "field train": "--epochs 1 --width 32 --layers 2 --heads 2 --history 2 --batch-size 4",

@@ -1,4 +1,5 @@
-"""``python -m torus_model``: language models (``tokenizer``, ``train``, ``evaluate``, ``generate``) and ``field``."""
+"""``python -m torus_model``: language models (``tokenizer``, ``train``, ``evaluate``, ``compress``, ``generate``), and
+``field``."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from typing import Any, NoReturn
 from torus_kernels import BackendError
 
 from .checkpoint import CheckpointError
-from .commands import evaluate, generate, tokenizer, train
+from .commands import compress, evaluate, generate, tokenizer, train
+from .compression import CompressionError
 from .data import DataError
 from .field import cli as field_cli
 from .field.data import FieldDataError
@@ -19,7 +21,7 @@ from .field.navier_stokes import SolverError
 from .run import TrainingError
 from .tokenizer import TokenizerError
 
-_COMMANDS = {"tokenizer": tokenizer, "train": train, "evaluate": evaluate, "generate": generate}
+_COMMANDS = {"tokenizer": tokenizer, "train": train, "evaluate": evaluate, "compress": compress, "generate": generate}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,7 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
                 parser.error(str(error))
             run()
     except (
-        BackendError, CheckpointError, DataError, FieldDataError, SolverError, TokenizerError, TrainingError, OSError,
+        BackendError, CheckpointError, CompressionError, DataError, FieldDataError, SolverError, TokenizerError,
+        TrainingError, OSError,
     ) as error:
         parser.error(str(error))
     except KeyboardInterrupt:

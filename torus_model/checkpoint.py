@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .compression import CompressionError, bytes_of, pack, unpack
 from .files import replacing
 from .lm import ModelConfig, TorusLM
 from .tokenizer import ByteTokenizer, Tokenizer
@@ -126,10 +127,27 @@ def load_model(path: str | os.PathLike, backend: str | None = None) -> TorusLM:
     tensors, metadata = load(path, WEIGHTS)
     model = TorusLM(_model_config(path, metadata), backend=backend)
     try:
-        load_weights(model, tensors)
-    except RuntimeError as error:
+        unpack(model, {name.removeprefix(WEIGHTS): x for name, x in tensors.items()})
+    except CompressionError as error:
+        raise CheckpointError(f"{locate(path)} cannot be used: {error}") from error
+    except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{locate(path)} does not hold the weights of its TorusLM: {_one_line(error)}") from error
     return model.eval()
+
+
+def save_compressed(path: Path, model: TorusLM, source: str | os.PathLike) -> int:
+    """Writes the weights of a model in few bytes, and what else of the checkpoint ``source`` is needed to use it, but
+    nothing to resume its run.
+
+    Returns:
+        The bytes of the weights in the file.
+    """
+    metadata = load_metadata(source)
+    packed = pack(model.state_dict())
+    kept = ("model_config", "train_config", "tokenizer", "data_fingerprint")
+    save(path, {WEIGHTS + name: x for name, x in packed.items()},
+         {name: metadata[name] for name in kept if name in metadata})
+    return bytes_of(packed)
 
 
 def load_initial(model: TorusLM, path: str | os.PathLike) -> None:
