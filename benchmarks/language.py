@@ -19,7 +19,7 @@ from torus_model.files import replacing
 from torus_model.lm import ModelConfig
 
 from . import arguments, environment, language_plots
-from .language_report import ABLATIONS, FIRST, KIND, LABELS, OURS, LanguageReport, grid
+from .language_report import ABLATIONS, BUDGETS, FIRST, KIND, LABELS, OURS, LanguageReport, grid
 from .language_runs import DENSE, Runs, Trained, Training
 from .progress import Say, silent, steps
 from .report import ReportError
@@ -40,6 +40,7 @@ class Settings:
         training: of all networks.
         seeds: of initial weights and batches.
         networks: names of `LABELS`; all but torus and dense attention are compared at the first context alone.
+        budgets: of dense attention: ``"tokens"``, ``"seconds"`` or both.
     """
 
     model: ModelConfig = ModelConfig(width=64, heads=2)  # noqa: RUF009 (frozen)
@@ -48,6 +49,7 @@ class Settings:
     training: Training = Training()  # noqa: RUF009 (frozen)
     seeds: tuple[int, ...] = (0, 1)
     networks: tuple[str, ...] = tuple(LABELS)
+    budgets: tuple[str, ...] = BUDGETS
 
 
 def add_parser(commands) -> None:
@@ -67,6 +69,8 @@ def add_parser(commands) -> None:
     parser.add_argument("--data", metavar="PATH",
                         help="file or folder of text (default: the sources of Python's standard library)")
     arguments.add_choice(parser, "--networks", LABELS, default.networks, "networks to train")
+    arguments.add_choice(parser, "--budgets", BUDGETS, default.budgets,
+                         "what dense attention gets as much of as the torus")
     parser.add_argument("--contexts", type=positive, nargs="+", default=default.contexts, metavar="N",
                         help=f"tokens per window, powers of two (default: {' '.join(map(str, default.contexts))})")
     parser.add_argument("--tokens", type=positive, default=default.tokens, metavar="N",
@@ -78,8 +82,9 @@ def add_parser(commands) -> None:
                             help="of the models (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=default.training.batch_size, metavar="N",
                         help="windows per step (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=default.training.learning_rate,
-                        help="peak of the schedule (default: %(default)s)")
+    for flag, of in (("learning_rate", "the torus"), ("dense_learning_rate", "dense attention")):
+        parser.add_argument(f"--{flag.replace('_', '-')}", type=float, default=getattr(default.training, flag),
+                            metavar="RATE", help=f"peak of the schedule of {of} (default: %(default)s)")
     parser.add_argument("--device", default=default.training.device, help="where to train (default: %(default)s)")
     parser.add_argument("--retime", action="store_true",
                         help="time training steps anew, although --runs holds their times; a dense run on the budget "
@@ -98,12 +103,13 @@ def settings_of(given: argparse.Namespace) -> Settings:
     if OURS not in given.networks:
         raise ValueError(f"--networks must hold {OURS}, whose seconds are the budget of the others")
     training = dataclasses.replace(
-        Training(), batch_size=given.batch_size, learning_rate=given.learning_rate, data=given.data,
-        device=check_device(given.device),
+        Training(), batch_size=given.batch_size, learning_rate=given.learning_rate,
+        dense_learning_rate=given.dense_learning_rate, data=given.data, device=check_device(given.device),
     )
     model = dataclasses.replace(Settings().model, width=given.width, layers=given.layers, heads=given.heads)
     networks = tuple(name for name in LABELS if name in given.networks)
-    return Settings(model, tuple(given.contexts), given.tokens, training, tuple(range(given.seeds)), networks)
+    budgets = tuple(budget for budget in BUDGETS if budget in given.budgets)
+    return Settings(model, tuple(given.contexts), given.tokens, training, tuple(range(given.seeds)), networks, budgets)
 
 
 def _run(given: argparse.Namespace, console: Console) -> None:
@@ -171,7 +177,7 @@ class Comparison:
         """The runs, those that answer the question first."""
         runs = [Planned(network, context, budget, seed)
                 for seed in self.settings.seeds for (network, context) in self.models
-                for budget in (("tokens", "seconds") if network == DENSE else ("tokens",))]
+                for budget in (self.settings.budgets if network == DENSE else ("tokens",))]
         return sorted(runs, key=lambda run: run.network not in (OURS, DENSE))
 
     def steps(self, run: Planned) -> int:

@@ -19,6 +19,9 @@ KIND, FORMAT = "language-comparison", 1
 
 OURS, FIRST = "torus", "first"
 
+BUDGETS = ("tokens", "seconds")
+"""What two runs may have as much of."""
+
 ABLATIONS: dict[str, dict[str, Any]] = {
     "loops": {"streams": ("major_forward", "major_backward", "minor_forward", "minor_backward")},
     "no-spirals": {"streams": ("major_forward", "major_backward", "minor_forward", "minor_backward", "cross_u_to_v",
@@ -125,7 +128,7 @@ def grid(report: LanguageReport) -> Grid:
     rows = []
     for context in report.contexts:
         for network in LABELS:
-            for budget in ("tokens", "seconds"):
+            for budget in BUDGETS:
                 runs = report.runs(network, context, budget)
                 if not runs:
                     continue
@@ -152,7 +155,7 @@ def verdicts(report: LanguageReport) -> list[str]:
     said = []
     for context in report.contexts:
         ours = report.bits(OURS, context)
-        for budget in ("tokens", "seconds"):
+        for budget in BUDGETS:
             theirs = report.bits(DENSE, context, budget)
             if ours is not None and theirs is not None:
                 of_torus = {run.seed: run.bits_per_byte for run in report.runs(OURS, context)}
@@ -173,11 +176,12 @@ def describe(report: LanguageReport) -> str:
     return (
         f"Bytes of {report.text['files']} files, {report.text['bytes'] / 1e6:.1f} MB; {report.tokens:,} tokens in "
         f"windows of the context, {training['batch_size']} to the step, AdamW with a peak learning rate of "
-        f"{training['learning_rate']:g}; width {ours['width']}, {ours['layers']} layers, {ours['heads']} heads; "
-        f"lattices {lattices}. Tested on {training['test_tokens']:,} tokens after the last step. {seeds} "
-        f"seed{'s' * (seeds > 1)}: means, in parentheses smallest and largest. Equal seconds: steps times the median "
-        "step, in rounds that run every network of the context once, are those of the torus; the learning rate ends "
-        f"with the steps. Validations are not counted. {environment.describe(report.machine)}."
+        f"{training['learning_rate']:g}, for dense attention {training['dense_learning_rate']:g}; width "
+        f"{ours['width']}, {ours['layers']} layers, {ours['heads']} heads; lattices {lattices}. Tested on "
+        f"{training['test_tokens']:,} tokens after the last step. {seeds} seed{'s' * (seeds > 1)}: means, in "
+        "parentheses smallest and largest. Equal seconds: steps times the median step, in rounds that run every "
+        "network of the context once, are those of the torus; the learning rate ends with the steps. Validations are "
+        f"not counted. {environment.describe(report.machine)}."
     )
 
 

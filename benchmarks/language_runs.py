@@ -37,7 +37,8 @@ class Training:
 
     Attributes:
         batch_size: windows per step.
-        learning_rate, warmup, final_learning_rate, weight_decay, clip: as in `torus_model.train.TrainConfig`.
+        learning_rate, dense_learning_rate: of the torus and of dense attention: for each the best of a few.
+        warmup, final_learning_rate, weight_decay, clip: as in `torus_model.train.TrainConfig`.
         validations: points of a validation curve.
         validation_tokens: scored at every point, in windows spread evenly over the validation part.
         test_tokens: of the test part, scored once, after the last step.
@@ -48,6 +49,7 @@ class Training:
 
     batch_size: int = 1
     learning_rate: float = 4.5e-3
+    dense_learning_rate: float = 6e-3
     warmup: float = 0.05
     final_learning_rate: float = 0.05
     weight_decay: float = 0.1
@@ -117,19 +119,29 @@ class Runs:
         settings = self.settings
         return data.split(self.corpus.data, settings.validation_fraction, context + 1, settings.test_fraction)
 
+    def about(self, network: str, config: ModelConfig) -> dict[str, Any]:
+        """What a run must have in common with another one to stand for it, its steps aside."""
+        training = dataclasses.asdict(self.settings)
+        del training["dense_learning_rate"]
+        return {"training": training | {"learning_rate": self._learning_rate(network)}, "model": config.to_dict(),
+                "text": self.corpus.fingerprint}
+
+    def _learning_rate(self, network: str) -> float:
+        return self.settings.dense_learning_rate if network == DENSE else self.settings.learning_rate
+
     def steps_of(self, network: str, config: ModelConfig, context: int, seed: int, steps: int) -> Iterator[float]:
         """Makes a training step whenever its loss is asked for."""
-        return self._steps(self._new_model(network, config, seed), context, seed, steps)
+        return self._steps(network, self._new_model(network, config, seed), context, seed, steps)
 
     def _new_model(self, network: str, config: ModelConfig, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return build(network, config).to(self.settings.device)
 
-    def _steps(self, model: nn.Module, context: int, seed: int, steps: int) -> Iterator[float]:
+    def _steps(self, network: str, model: nn.Module, context: int, seed: int, steps: int) -> Iterator[float]:
         settings = self.settings
         part, *_ = self.split(context)
-        optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay)
+        optimizer = make_optimizer(model, self._learning_rate(network), settings.weight_decay)
         done = 0
         schedule = make_schedule(optimizer, settings.warmup, settings.final_learning_rate, lambda: done / steps)
         generator = torch.Generator().manual_seed(seed)
@@ -165,15 +177,14 @@ class Runs:
             OSError: the result cannot be written.
         """
         file = self.folder / f"{network}-{context}-{budget}-{seed}" / checkpoint.FILE_NAME
-        about = {"training": dataclasses.asdict(self.settings), "model": config.to_dict(),
-                 "text": self.corpus.fingerprint}
+        about = self.about(network, config)
         if (found := self._kept(file, about, budget, steps)) is not None:
             return found
         model = self._new_model(network, config, seed)
         _, validation, test = self.split(context)
         curve: list[tuple[int, float]] = []
         validated = 0
-        for done, loss in enumerate(self._steps(model, context, seed, steps), 1):
+        for done, loss in enumerate(self._steps(network, model, context, seed, steps), 1):
             if not math.isfinite(loss):
                 raise TrainingError(f"the loss of {network} became {loss} at step {done}")
             if (due := done * self.settings.validations // steps) > validated:

@@ -116,10 +116,13 @@ def test_times_are_measured_anew_on_request_and_runs_of_about_as_many_steps_kept
     kept, *_ = report.runs(DENSE, 16, "seconds")
     runs, config = comparison.runs, comparison.models[DENSE, 16]
     file = runs.folder / f"dense-16-seconds-{kept.seed}" / "checkpoint.safetensors"
-    about = {"training": dataclasses.asdict(TRAINING), "model": config.to_dict(), "text": runs.corpus.fingerprint}
-    assert runs._kept(file, dict(about), "seconds", kept.steps) == kept
-    assert runs._kept(file, dict(about), "seconds", 2 * kept.steps) is None
+    about = runs.about(DENSE, config)
+    assert runs._kept(file, about, "seconds", kept.steps) == kept
+    assert runs._kept(file, about, "seconds", 2 * kept.steps) is None
     assert runs._kept(file, about | {"text": "other"}, "seconds", kept.steps) is None
+    for change, same in (({"learning_rate": 1.0}, True), ({"dense_learning_rate": 1.0}, False)):
+        runs.settings = dataclasses.replace(TRAINING, **change)
+        assert (runs._kept(file, runs.about(DENSE, config), "seconds", kept.steps) == kept) is same
 
 
 def test_another_setting_is_another_run(folder, report, tmp_path):
@@ -186,9 +189,11 @@ def test_command_refuses_in_one_line(arguments, message, tmp_path, capsys):
 
 def test_the_command_line_makes_the_settings():
     given = __main__._parser().parse_args(["language", "--tokens", "8192", "--seeds", "3", "--contexts", "1024",
-                                           "--networks", "dense", "torus", "--learning-rate", "0.01"])
+                                           "--networks", "dense", "torus", "--learning-rate", "0.01",
+                                           "--budgets", "tokens"])
     settings = settings_of(given)
     assert (settings.tokens, settings.seeds, settings.contexts) == (8192, (0, 1, 2), (1024,))
+    assert settings.budgets == ("tokens",)
     assert settings.networks == (OURS, DENSE) and settings.training.learning_rate == 0.01
     assert settings_of(__main__._parser().parse_args(["language"])) == Settings()
 

@@ -1,5 +1,6 @@
 """Options of the language model that the comparison on text is about: rotary positions, graded heads, the gain."""
 
+import argparse
 import dataclasses
 import math
 
@@ -10,6 +11,8 @@ from tiny_models import LANGUAGE
 from torus_kernels import TorusLattice
 from torus_model.attention import FAVOURED_LOGIT, NARROWEST_HEAD, SMALLEST_INITIAL_DECAY, TorusAttention
 from torus_model.cache import LMCache
+from torus_model.commands.train import add_arguments, configure
+from torus_model.config import recommended_model
 from torus_model.lm import ModelConfig, TorusLM
 from torus_model.rotary import sequence_rope
 
@@ -113,3 +116,21 @@ def test_wrong_options_are_refused(options, message):
 def test_sequence_positions_are_for_the_causal_topology():
     with pytest.raises(ValueError, match="periodic topology"):
         TorusAttention(32, 2, TorusLattice(4, 4), rotary="sequence")
+
+
+def test_the_command_line_sets_the_options():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = vars(parser.parse_args(["--rotary", "sequence", "--graded-heads", "--qk-gain", "2", "--no-compounding"]))
+    given = {name: value for name, value in given.items() if name not in ("output", "resume", "overwrite")}
+    config = configure("runs", False, given).model
+    assert (config.rotary, config.graded_heads, config.qk_gain, config.compounding) == ("sequence", True, 2.0, False)
+
+
+def test_the_recommended_model_has_the_lattice_of_its_context():
+    config = recommended_model(ModelConfig(width=64, heads=2), 2048)
+    assert (config.n_major, config.n_minor, config.width) == (32, 64, 64)
+    assert (recommended_model(ModelConfig(), 4096).n_major, recommended_model(ModelConfig(), 4).n_major) == (64, 2)
+    for context in (2, 100):
+        with pytest.raises(ValueError, match="context must be a power of two"):
+            recommended_model(ModelConfig(), context)
