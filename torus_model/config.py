@@ -21,9 +21,8 @@ SIZES = {
     "gpt2": ModelConfig(width=768, layers=12, heads=12, n_major=32, n_minor=32),
 }
 """Named models: the default one, one between, and the width, layers, heads and context of GPT-2's smallest (Radford et
-al. 2019, table 2). The vocabulary is the tokenizer's. The learning rate of `TrainConfig` was chosen for the default one;
-the others have not been trained to an end with any, and larger models want smaller ones (6e-4 is usual for GPT-2's
-smallest)."""
+al. 2019, table 2). The vocabulary is the tokenizer's. The learning rate of `TrainConfig` was chosen for the default one
+alone; larger models want smaller ones (6e-4 for one as large as ``gpt2`` in Brown et al. 2020, table 2.1)."""
 
 
 def recommended_model(sizes: ModelConfig, context: int) -> ModelConfig:
