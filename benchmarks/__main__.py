@@ -10,6 +10,7 @@ from rich.console import Console
 
 from torus_kernels import BackendError
 from torus_model.checkpoint import CheckpointError
+from torus_model.compression import CompressionError
 from torus_model.data import DataError
 from torus_model.field import FieldDataError
 from torus_model.train import TrainingError
@@ -29,14 +30,15 @@ from . import (
     language,
     precision,
     threads,
+    transfer,
 )
 from .accuracy import WrongResult
 from .report import ReportError
 from .show import markdown_of
 
-_COMMANDS = (cpu, growth, threads, decode, compare, precision, gpu, field, language, generation, coherence)
-_EXPECTED = (BackendError, CheckpointError, DataError, FieldDataError, OSError, ReportError, TrainingError, WrongResult,
-             compare.ComparisonError)
+_COMMANDS = (cpu, growth, threads, decode, compare, precision, gpu, field, language, generation, coherence, transfer)
+_EXPECTED = (BackendError, CheckpointError, CompressionError, DataError, FieldDataError, OSError, ReportError,
+             TrainingError, WrongResult, compare.ComparisonError)
 
 
 def _add_table_parser(commands) -> None:

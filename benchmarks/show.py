@@ -5,7 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from . import coherence_report, field_report, fuzz_report, generation, gpu_report, language_report, precision_report
+from . import (
+    coherence_report,
+    field_report,
+    fuzz_report,
+    generation,
+    gpu_report,
+    language_report,
+    precision_report,
+    transfer_report,
+)
 from .report import Report
 from .tables import markdown_report
 
@@ -42,6 +51,8 @@ def markdown_of(path: Path) -> str:
         return language_report.markdown(language_report.LanguageReport.load(path))
     if kind == generation.KIND:
         return generation.markdown(generation.GenerationReport.load(path))
+    if kind == transfer_report.KIND:
+        return transfer_report.markdown(transfer_report.TransferReport.load(path))
     if kind == fuzz_report.KIND:
         return fuzz_report.markdown(path)
     return markdown_report(Report.load(path))
