@@ -9,6 +9,8 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
+from torch.distributed import DistError
+
 from torus_kernels import BackendError
 
 from .checkpoint import CheckpointError
@@ -18,6 +20,7 @@ from .data import DataError
 from .field import cli as field_cli
 from .field.data import FieldDataError
 from .field.navier_stokes import SolverError
+from .parallel import processes
 from .run import TrainingError
 from .tokenizer import TokenizerError
 
@@ -46,8 +49,9 @@ def _build_parser() -> argparse.ArgumentParser:
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
-    """A warning is one line on stderr, too."""
-    print(f"python -m torus_model: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    """A warning is one line on stderr, too, and one of all processes."""
+    if processes.rank() == 0:
+        print(f"python -m torus_model: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,13 +65,15 @@ def main(arguments: list[str] | None = None) -> None:
             try:
                 run = prepare[options.command](options)
             except (TypeError, ValueError) as error:  # the options; later they would be a defect of ours
+                if processes.rank() > 0:
+                    sys.exit(2)  # the first process says it
                 parser.error(str(error))
             run()
     except (
         BackendError, CheckpointError, CompressionError, DataError, FieldDataError, SolverError, TokenizerError,
-        TrainingError, OSError,
+        TrainingError, OSError, DistError,
     ) as error:
-        parser.error(str(error))
+        parser.error(f"process {processes.rank()}: {error}" if processes.rank() > 0 else str(error))
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted\n")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,20 @@ FAVOURED_LOGIT = 2.0
 def inverse_softplus(x: Tensor) -> Tensor:
     """The y with ``softplus(y) == x``, for ``x > 0``."""
     return x + torch.log(-torch.expm1(-x))
+
+
+class HeadExchange(Protocol):
+    """Moves tensors between processes that each hold a share of the tokens, and the same number of which each compute
+    a share of the heads."""
+
+    def to_heads(self, x: Tensor) -> Tensor:
+        """``[B, H, T / p, ...] -> [B, H / p, T, ...]``: all tokens for this process's heads."""
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """``[B, H / p, T, ...] -> [B, H, T / p, ...]``: all heads for this process's tokens."""
+
+    def own_heads(self, x: Tensor) -> Tensor:
+        """``[H, ...] -> [H / p, ...]``: what this process's heads use of a parameter."""
 
 
 class TorusAttention(nn.Module):
@@ -118,6 +132,7 @@ class TorusAttention(nn.Module):
         self.kv_heads = heads if kv_heads is None else kv_heads
         self.head_dim = width // heads if head_dim is None else head_dim
         self.backend = None if backend is None else check_name(backend)
+        self.exchange: HeadExchange | None = None
 
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
@@ -251,15 +266,16 @@ class TorusAttention(nn.Module):
             offset = len(cache)
             if offset > 0 and x.shape[1] != 1:
                 raise ValueError(f"x must be one token [B, 1, width] where the cache is not empty, got {list(x.shape)}")
+        parameters = {"stream_weights": self.stream_weights(x), "decay": self.decay(), "ema_alpha": self.alpha()}
+        if self.exchange is not None:
+            q, k, v = (self.exchange.to_heads(y) for y in (q, k, v))
+            parameters = self._of_own_heads(self.exchange, parameters)
         if self.rotary == "sequence":
             q, k = sequence_rope(q, k, offset=offset)
         else:
             q, k = (lattice_rope(y, self.lattice, offset=offset) for y in (q, k))
-        options: dict[str, Any] = {
-            "stream_weights": self.stream_weights(x), "decay": self.decay(), "first_key": first_key,
-            "backend": self.backend,
-        }
-        alpha = self.alpha()
+        alpha = parameters.pop("ema_alpha")
+        options: dict[str, Any] = {**parameters, "first_key": first_key, "backend": self.backend}
         if self.memory is None:
             options |= {"ema_state": state, "ema_alpha": alpha}
         if cache is not None:
@@ -272,4 +288,14 @@ class TorusAttention(nn.Module):
         else:
             out = torus_attention(q, k, v, self.lattice, **options)  # [B, H, T, D]
         out, state = (out, out) if self.memory is None else self.memory(out, state, alpha)
-        return self.out_proj(out.transpose(1, 2).flatten(-2)), state
+        mixed = out if self.exchange is None else self.exchange.to_tokens(out)
+        return self.out_proj(mixed.transpose(1, 2).flatten(-2)), state
+
+    @staticmethod
+    def _of_own_heads(exchange: HeadExchange, parameters: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """What the heads of this process use of the operator's parameters, of which token-gated weights are tensors of
+        tokens."""
+        return {
+            name: None if x is None else exchange.to_heads(x) if x.ndim == 4 else exchange.own_heads(x)
+            for name, x in parameters.items()
+        }

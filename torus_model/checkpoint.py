@@ -200,6 +200,13 @@ def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return {WEIGHTS + name: x for name, x in model.state_dict().items()}
 
 
+def parameter_of(name: str) -> str | None:
+    """The model's name of the parameter that a tensor of `training_tensors` is the weight or a state of, or None."""
+    if name.startswith(WEIGHTS):
+        return name.removeprefix(WEIGHTS)
+    return name.removeprefix(_OPTIMIZER).partition(".")[2] if name.startswith(_OPTIMIZER) else None
+
+
 def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Fills the model with the weights among a checkpoint's tensors; RuntimeError where they do not fit it."""
     model.load_state_dict({n.removeprefix(WEIGHTS): x for n, x in tensors.items() if n.startswith(WEIGHTS)})
@@ -246,17 +253,20 @@ def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 def _load_optimizer(
     optimizer: Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]], *, started: bool
 ) -> None:
-    """Gives an optimiser the state among a checkpoint's tensors, and its ``param_groups``."""
-    names = [name for group in groups for name in group["param_names"]]
-    index = {name: i for i, name in enumerate(names)}
+    """Gives an optimiser the state among a checkpoint's tensors, and the settings of its ``param_groups``; parameters
+    are found by their names, so that they may be part of those of the checkpoint."""
+    own = optimizer.state_dict()["param_groups"]
+    settings = [saved | {key: group[key] for key in ("params", "param_names")}
+                for saved, group in zip(groups, own, strict=True)]
+    index = {name: i for group in own for name, i in zip(group["param_names"], group["params"], strict=True)}
     state: dict[int, dict[str, Tensor]] = {}
     for full_name, value in tensors.items():
         if full_name.startswith(_OPTIMIZER):
             key, _, name = full_name.removeprefix(_OPTIMIZER).partition(".")
             state.setdefault(index[name], {})[key] = value.clone()  # not a view of the file
-    if started and len(state) < len(names):
+    if started and len(state) < len(index):
         raise KeyError("optimizer state")  # an optimiser accepts less, and would start anew
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({"state": state, "param_groups": settings})
 
 
 def check_same_config(

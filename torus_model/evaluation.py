@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,12 @@ class Score:
 
 @torch.inference_mode()
 def score(
-    model: TorusLM, batches: Iterable[tuple[Tensor, Tensor]], tokenizer: Tokenizer, *, pack_documents: bool = False
+    model: TorusLM,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    tokenizer: Tokenizer,
+    *,
+    pack_documents: bool = False,
+    loss: Callable[..., Tensor] | None = None,
 ) -> Score:
     """Scores a model, in evaluation mode and without autocast.
 
@@ -53,7 +58,9 @@ def score(
         batches: ``(tokens, targets)``, each ``[B, T]`` int64.
         tokenizer: that of the tokens.
         pack_documents: whether the documents in a window see nothing of each other, as in training.
+        loss: takes the place of `TorusLM.loss` of the model.
     """
+    loss = model.loss if loss is None else loss
     was_training = model.training
     model.eval()
     nats, count, length = 0.0, 0, 0
@@ -63,7 +70,7 @@ def score(
             first_key, targets = within_documents(tokens, targets, tokenizer)
         predicted = targets[targets != IGNORED]
         if len(predicted):
-            nats += model.loss(tokens, targets, first_key=first_key).item() * len(predicted)
+            nats += loss(tokens, targets, first_key=first_key).item() * len(predicted)
             count += len(predicted)
             length += int(tokenizer.token_lengths[predicted].sum())
     model.train(was_training)

@@ -220,8 +220,24 @@ class TorusLM(nn.Module):
         x = self.embedding(tokens)  # [B, T, width]
         if self.positions is not None:
             x = self.positions(x, offset=offset if cache is None else len(cache), first_key=first_key)
-        state = None
+        x, _ = self.run_blocks(x, first_key=first_key, offset=offset, cache=cache, on_stats=on_stats)
+        return self.logits(x)
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        *,
+        first_key: Tensor | None = None,
+        offset: int = 0,
+        cache: LMCache | None = None,
+        on_stats: Callable[[TorusStats, Tensor], None] | None = None,
+    ) -> tuple[Tensor, Any]:
+        """``x`` ``[B, T, width]`` and the state after all blocks that are there: a stage of a pipeline has some of
+        them, and None in the place of the others."""
         for layer, block in enumerate(self.blocks):
+            if block is None:
+                continue
             layer_cache = None if cache is None else cache.layers[layer]
             options = {"first_key": first_key, "offset": offset, "cache": layer_cache, "on_stats": on_stats}
             if not block.attention.compounding:
@@ -230,6 +246,10 @@ class TorusLM(nn.Module):
                 x, state = checkpoint(block, x, state, use_reentrant=False, **options)
             else:
                 x, state = block(x, state, **options)
+        return x, state
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits ``[B, T, vocab_size]`` from what the last block returned, ``[B, T, width]``."""
         return F.linear(self.norm(x), self.embedding.weight)
 
     def loss(

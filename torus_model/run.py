@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ from .evaluation import score
 from .history import History, Validation
 from .lm import Criterion, TorusLM
 from .optimizer import make_optimizer
+from .parallel import ONE_PROCESS, Layout
+from .parallel.processes import first_process_first
 from .schedules import make_schedule
 from .tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from .transfer import freeze, keep_zeros
@@ -46,6 +49,7 @@ def training_step(
     accumulate: int = 1,
     autocast: bool = False,
     criterion: Criterion | None = None,
+    layout: Layout = ONE_PROCESS,
 ) -> float:
     """One step of gradient descent.
 
@@ -56,39 +60,45 @@ def training_step(
         accumulate: parts of the batch that run one after the other.
         autocast: run the model in bfloat16 where PyTorch's autocast does.
         criterion: the loss, where it is not the cross-entropy of the targets.
+        layout: where the model has been placed.
 
     Returns:
         The loss before the step, in nats per token.
     """
     optimizer.zero_grad()
     options: dict[str, Any] = {} if criterion is None else {"criterion": criterion}
-    total, mean = int((targets != data.IGNORED).sum()), 0.0
-    keys = [None] * accumulate if first_key is None else first_key.chunk(accumulate)
-    for part, goals, first in zip(tokens.chunk(accumulate), targets.chunk(accumulate), keys, strict=True):
-        if count := int((goals != data.IGNORED).sum()):
-            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
-                loss = model.loss(part, goals, first_key=first, **options)
-            loss = loss * (count / total)  # the parts' means weigh as their targets do
-            loss.backward()
-            mean += loss.item()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    loss = layout.gradients(model, tokens, targets, first_key, accumulate, autocast, **options)
+    layout.clip(model, clip)
     optimizer.step()
-    return mean
+    return loss
 
 
 class _Stopwatch:
-    """Seconds of the run, those before an interruption included."""
+    """Seconds of the run, those before an interruption included.
 
-    def __init__(self) -> None:
-        self._before = 0.0
+    Processes must agree on when a run is over: on several of them, the time is that of the first one when it was last
+    `read`.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._before = self._read = 0.0
         self._started: float | None = None
 
     def start(self, before: float = 0.0) -> None:
         self._before, self._started = before, time.perf_counter()
+        self.read()
+
+    def read(self) -> None:
+        self._read = self._layout.agree(self._elapsed)
+
+    @property
+    def _elapsed(self) -> float:
+        return self._before + (0.0 if self._started is None else time.perf_counter() - self._started)
 
     @property
     def seconds(self) -> float:
-        return self._before + (0.0 if self._started is None else time.perf_counter() - self._started)
+        return self._elapsed if self._layout.size == 1 else self._read
 
 
 class Run:
@@ -97,10 +107,13 @@ class Run:
     Args:
         config: the run.
         tokenizer: that of the checkpoint that the run continues from; None for the one that ``config`` names.
+        layout: of the processes. All make the same run and call its methods at the same points.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer: Tokenizer | None = None) -> None:
-        self.config = config
+    def __init__(
+        self, config: TrainConfig, tokenizer: Tokenizer | None = None, layout: Layout = ONE_PROCESS
+    ) -> None:
+        self.config, self.layout = config, layout
         is_new = tokenizer is None
         if tokenizer is None and config.initial is not None:
             tokenizer = checkpoint.load_tokenizer(config.initial)
@@ -110,13 +123,14 @@ class Run:
             raise TokenizerError(f"vocab_size must be the {tokenizer.vocab_size} of the tokenizer, "
                                  f"got {config.model.vocab_size}")
         self.tokenizer = tokenizer
-        self.corpus = data.load_corpus(config.data, config.max_bytes, tokenizer)
+        with first_process_first():
+            self.corpus = data.load_corpus(config.data, config.max_bytes, tokenizer)
         self.training, self.validation, _ = data.split(
             self.corpus.data, config.validation_fraction, config.seq_len + 1, config.test_fraction
         )
         self.fingerprint = self.corpus.fingerprint
         self.history = History()
-        self.stopwatch = _Stopwatch()
+        self.stopwatch = _Stopwatch(layout)
         torch.manual_seed(config.seed)
         self.model = TorusLM(
             config.model, backend=config.backend, activation_checkpointing=config.activation_checkpointing
@@ -132,6 +146,9 @@ class Run:
                 load_teacher(config.teacher, tokenizer, config.backend), config.distill_weight,
                 config.distill_temperature,
             )
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        layout.place(self.model)
+        layout.separate_random_numbers()
         self._make_optimizer()
         self.generator = torch.Generator().manual_seed(config.seed)
         self.coherence = None if config.coherence_every is None else CoherenceTracker(config.model.layers)
@@ -184,8 +201,9 @@ class Run:
             first_key, targets = data.within_documents(tokens, targets, self.tokenizer)
         loss = training_step(
             self.model, self.optimizer, tokens, targets, config.clip, first_key, config.accumulate, config.autocast,
-            self.distillation,
+            self.distillation, self.layout,
         )
+        self.stopwatch.read()
         if not math.isfinite(loss):
             raise TrainingError(f"the loss became {loss} at step {self.step + 1}; a lower learning rate may help")
         self.history.losses.append(loss)
@@ -199,19 +217,27 @@ class Run:
     def validate(self) -> Validation:
         """Adds a point to the validation curve."""
         config = self.config
+        self.stopwatch.read()
         seconds = self.stopwatch.seconds
         windows = data.fixed_batches(
             self.validation, config.validation_windows, config.batch_size // config.accumulate, config.seq_len
         )
-        found = score(self.model, windows, self.tokenizer, pack_documents=config.pack_documents)
+        found = score(
+            self.model, windows, self.tokenizer, pack_documents=config.pack_documents,
+            loss=functools.partial(self.layout.loss, self.model),
+        )
         tokens = self.step * config.batch_size * config.seq_len
         self.history.validation.append(Validation(self.step, tokens, seconds, found.bits_per_byte, found.perplexity))
         return self.history.validation[-1]
 
     def save(self, path: Path, *, keep_previous: bool = False) -> None:
+        """Writes a checkpoint of the whole run, from the first process."""
         tensors = checkpoint.training_tensors(self.model, self.optimizer, self.generator)
         if self.coherence is not None:
             tensors |= self.coherence.checkpoint_tensors()
+        tensors, param_groups = self.layout.gather(tensors), self.layout.param_groups(self.optimizer)
+        if not self.layout.is_first:
+            return
         checkpoint.save(path, tensors, {
             "model_config": self.config.model.to_dict(),
             "train_config": self.config.to_dict(),
@@ -221,7 +247,7 @@ class Run:
             "seconds": self.stopwatch.seconds,
             "history": self.history.to_dict(),
             # With the learning rate: the schedule has no state of its own.
-            "param_groups": self.optimizer.state_dict()["param_groups"],
+            "param_groups": param_groups,
         }, keep_previous=keep_previous)
 
     def restore(self, path: Path) -> None:
@@ -235,13 +261,14 @@ class Run:
             self._check_same_run(path, metadata)
             history = History.from_dict(metadata["history"])
             checkpoint.load_training(
-                self.model, self.optimizer, self.generator, tensors, metadata["param_groups"],
-                started=bool(history.losses),
+                self.model, self.optimizer, self.generator, self.layout.scatter(self.model, tensors),
+                metadata["param_groups"], started=bool(history.losses),
             )
             if self.config.keep_zeros:
                 keep_zeros(self.model)
             if self.coherence is not None:
                 self.coherence.load(tensors)
+            self.layout.separate_random_numbers()
             self.history = history
             self.stopwatch.start(before=metadata["seconds"])
         except (KeyError, TypeError, RuntimeError) as error:

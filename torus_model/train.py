@@ -28,6 +28,7 @@ from .files import remove_leftovers
 from .history import History, Validation
 from .lm import ModelConfig, TorusLM
 from .optimizer import make_optimizer
+from .parallel import check_layout, make_layout, processes
 from .run import Run, TrainingError, training_step
 from .tensorboard import TensorBoardLog
 
@@ -125,6 +126,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     on_validation: Callable[[Validation], None] | None = None,
+    parallel: str | None = None,
 ) -> TrainingResult:
     """Trains a `TorusLM` on text.
 
@@ -139,8 +141,12 @@ def train(
             With a budget of steps, a run that was interrupted has the same losses as one that was not.
         progress: show a progress bar on stderr.
         on_validation: called with every new point of the validation curve, after the checkpoint is written.
+        parallel: layout on the processes that torchrun started, out of `parallel.LAYOUTS`. All of them call this
+            function; the first one writes and shows progress, and in the others the model of the result is what they
+            hold of it. ``run_dir`` must be one folder for all of them.
 
     Raises:
+        ValueError: the run does not divide into the processes.
         CheckpointError: there is nothing to resume, or it does not fit ``config``.
         DataError: the text is missing or too short.
         TokenizerError: the tokenizer is missing or not that of the model.
@@ -152,34 +158,34 @@ def train(
     checkpoint_file, best_file, history_file, plot_file = (
         run_dir / name for name in (checkpoint.FILE_NAME, checkpoint.BEST_FILE_NAME, *_EXPORTS)
     )
-    with torch.random.fork_rng(devices=[]):
+    with processes.process_group(), torch.random.fork_rng(devices=[]):
+        check_layout(parallel, processes.count(), config)
+        layout = make_layout(parallel)
         resumed = checkpoint.locate(run_dir) if resume else None
-        run = Run(config, None if resumed is None else checkpoint.load_tokenizer(resumed))
+        run = Run(config, None if resumed is None else checkpoint.load_tokenizer(resumed), layout)
         if resumed is not None:
             run.restore(resumed)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        for file in (checkpoint_file, best_file):
-            remove_leftovers(file)
-        if not resume:  # nothing must go back to the run that this one overwrites
-            for file in (checkpoint.previous_of(checkpoint_file), best_file):
-                file.unlink(missing_ok=True)
+        if layout.is_first:
+            _make_room(run_dir, checkpoint_file, best_file, resume=resume)
         with contextlib.ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             # Gains stay in float32 under autocast, for which PyTorch has no fused norm.
             warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
-            bar = stack.enter_context(_ProgressBar(run, progress))
-            log = stack.enter_context(TensorBoardLog(run_dir, run.step)) if config.tensorboard else None
-            # Called while the stack unwinds, also at an early end.
-            stack.callback(run.history.write_plot, plot_file, bytes_per_token=run.bytes_per_token)
-            if run.coherence is not None:
-                stack.callback(run.coherence.write_plot, run.history.coherence, run_dir / COHERENCE_PLOT)
+            bar = stack.enter_context(_ProgressBar(run, progress and layout.is_first))
+            logs = config.tensorboard and layout.is_first
+            log = stack.enter_context(TensorBoardLog(run_dir, run.step)) if logs else None
+            if layout.is_first:  # called while the stack unwinds, also at an early end
+                stack.callback(run.history.write_plot, plot_file, bytes_per_token=run.bytes_per_token)
+                if run.coherence is not None:
+                    stack.callback(run.coherence.write_plot, run.history.coherence, run_dir / COHERENCE_PLOT)
 
             def record() -> None:
                 point = run.validate()
                 run.save(checkpoint_file, keep_previous=run.step > 0)
                 if config.patience is not None and run.history.best == len(run.history.validation) - 1:
                     run.save(best_file)
-                run.history.write_json(history_file, config=config.to_dict(), data=run.corpus.source)
+                if layout.is_first:
+                    run.history.write_json(history_file, config=config.to_dict(), data=run.corpus.source)
                 bar.write(f"step {point.step}, {point.seconds:.0f} s: {point.bits_per_byte:.3f} bits per byte, "
                           f"perplexity {point.perplexity:.2f}")
                 if log is not None:
@@ -208,6 +214,16 @@ def train(
     )
 
 
+def _make_room(run_dir: Path, checkpoint_file: Path, best_file: Path, *, resume: bool) -> None:
+    """Makes the folder, and removes what killed processes left and, unless resumed, the run that is overwritten."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for file in (checkpoint_file, best_file):
+        remove_leftovers(file)
+    if not resume:  # nothing must go back to the run that this one overwrites
+        for file in (checkpoint.previous_of(checkpoint_file), best_file):
+            file.unlink(missing_ok=True)
+
+
 class _ProgressBar:
     """Budget spent, loss and speed on stderr: a bar on a terminal, and a line for each validation anywhere."""
 
@@ -225,9 +241,8 @@ class _ProgressBar:
 
     def __enter__(self) -> _ProgressBar:
         corpus = self._run.corpus
-        parameters = sum(p.numel() for p in self._run.model.parameters())
-        self.write(f"{parameters:,} parameters; {corpus.bytes / 1e6:.1f} MB of text in {corpus.files} files from "
-                   f"{corpus.source}")
+        self.write(f"{self._run.parameters:,} parameters; {corpus.bytes / 1e6:.1f} MB of text in {corpus.files} files "
+                   f"from {corpus.source}")
         return self
 
     def __exit__(self, *exception: object) -> None:

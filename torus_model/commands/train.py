@@ -20,6 +20,7 @@ from ..config import SIZES
 from ..lm import ModelConfig, TorusLM
 from ..options import add_option as add
 from ..options import stream_names
+from ..parallel import LAYOUTS, check_layout, processes
 from ..tensorboard import import_writer
 from ..tokenizer import load_tokenizer
 from ..train import COHERENCE_PLOT, TrainConfig, resumable_config, train
@@ -47,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
              "--teacher and --backend may be given anew",
     )
     existing.add_argument("--overwrite", action="store_true", help="start anew although DIR holds a run")
+    parser.add_argument(
+        "--parallel", choices=LAYOUTS,
+        help="layout on the processes of torchrun (torchrun --nproc-per-node 2 -m torus_model train --parallel ...): "
+             "ddp: each has a copy of the model and a share of the batch; fsdp: also of every parameter; pipeline: a "
+             "share of the blocks, through which the --accumulate parts travel; sequence: a share of the tokens and, "
+             "within attention, of the heads. A run may continue under another layout (default: one process)",
+    )
     run, model = TrainConfig(steps=1), SIZES[_DEFAULT_SIZE]
     budget = parser.add_argument_group("budget").add_mutually_exclusive_group()
     add(budget, "--seconds", "train for this long, validations included", DEFAULT_SECONDS, type=float)
@@ -166,7 +174,11 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
     given = dict(vars(options))
     del given["command"]
     run_dir, resume, overwrite = given.pop("output"), given.pop("resume"), given.pop("overwrite")
+    parallel, size = given.pop("parallel"), processes.launched()
     config = configure(run_dir, resume, given)
+    if parallel is not None and size is None:
+        raise ValueError(f"--parallel {parallel} needs processes: torchrun --nproc-per-node 2 -m torus_model train ...")
+    check_layout(parallel, size or 1, config)
     newest = Path(run_dir, checkpoint.FILE_NAME)
     if not resume and not overwrite and any(file.exists() for file in (newest, checkpoint.previous_of(newest))):
         raise CheckpointError(f"{run_dir} holds a run: --resume continues it, --overwrite starts anew")
@@ -179,7 +191,9 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
         freeze(TorusLM(config.model), config.freeze)  # raises now, not in the run
 
     def run() -> None:
-        result = train(config, run_dir, resume=resume)
+        result = train(config, run_dir, resume=resume, parallel=parallel)
+        if processes.rank() > 0:
+            return
         print(f"{result.bits_per_byte:.3f} bits per byte, perplexity {result.perplexity:.2f}, after "
               f"{len(result.history.losses)} steps{', stopped early' if result.stopped_early else ''}; "
               f"wrote {result.checkpoint}, {result.history_file} and {result.plot_file}")
