@@ -48,13 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
              "--teacher and --backend may be given anew",
     )
     existing.add_argument("--overwrite", action="store_true", help="start anew although DIR holds a run")
-    parser.add_argument(
-        "--parallel", choices=LAYOUTS,
-        help="layout on the processes of torchrun (torchrun --nproc-per-node 2 -m torus_model train --parallel ...): "
-             "ddp: each has a copy of the model and a share of the batch; fsdp: also of every parameter; pipeline: a "
-             "share of the blocks, through which the --accumulate parts travel; sequence: a share of the tokens and, "
-             "within attention, of the heads. A run may continue under another layout (default: one process)",
-    )
+    add(parser, "--parallel",
+        "layout on the processes of torchrun (torchrun --nproc-per-node 2 -m torus_model train --parallel ...): ddp: "
+        "each has a copy of the model and a share of the batch; fsdp: also of every parameter; pipeline: a share of "
+        "the blocks, through which the --accumulate parts travel; sequence: a share of the tokens and, within "
+        "attention, of the heads. A run may continue under another layout (default: one process)", choices=LAYOUTS)
     run, model = TrainConfig(steps=1), SIZES[_DEFAULT_SIZE]
     budget = parser.add_argument_group("budget").add_mutually_exclusive_group()
     add(budget, "--seconds", "train for this long, validations included", DEFAULT_SECONDS, type=float)
@@ -174,7 +172,7 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
     given = dict(vars(options))
     del given["command"]
     run_dir, resume, overwrite = given.pop("output"), given.pop("resume"), given.pop("overwrite")
-    parallel, size = given.pop("parallel"), processes.launched()
+    parallel, size = given.pop("parallel", None), processes.launched()
     config = configure(run_dir, resume, given)
     if parallel is not None and size is None:
         raise ValueError(f"--parallel {parallel} needs processes: torchrun --nproc-per-node 2 -m torus_model train ...")
