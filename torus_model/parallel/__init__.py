@@ -41,6 +41,9 @@ def check_layout(name: str | None, size: int, config: TrainConfig) -> None:
     if name not in LAYOUTS:
         raise ValueError(f"parallel must be one of {', '.join(LAYOUTS)}, got {name!r}")
     model, rows = config.model, config.batch_size // config.accumulate
+    if model.experts > 1:
+        raise ValueError(f"experts must be 1 on several processes, each of which would balance the experts of its own "
+                         f"share of the tokens, got {model.experts}")
     if name == "pipeline":
         if config.layer_decay != 1:
             raise ValueError(f"layer_decay must be 1 in a pipeline, whose stages do not know each other's depth, got "
