@@ -73,6 +73,8 @@ def test_several_processes_need_a_layout(text, tmp_path, capsys, monkeypatch):
     ("sequence", 8, {}, "seq_len must be a multiple of the 8 processes, got 20"),
     ("sequence", 4, {"model": {"kv_heads": 2}}, "kv_heads must be a multiple of the 4 processes, got 2"),
     ("sequence", 5, {}, "heads must be a multiple of the 5 processes, got 4"),
+    ("fsdp", 2, {"teacher": "runs/model"}, "teacher must be None on several processes, got 'runs/model'"),
+    ("sequence", 2, {"freeze": ("embedding",)}, "freeze must be .* on several processes, got .*embedding"),
     ("ddp", 2, {"model": {"experts": 2}}, "experts must be 1 on several processes, .* got 2"),
     ("rows", 2, {}, "parallel must be one of ddp, fsdp, pipeline, sequence, got 'rows'"),
 ])

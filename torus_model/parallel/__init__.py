@@ -23,6 +23,10 @@ LAYOUTS = ("ddp", "fsdp", "pipeline", "sequence")
 """Names of the layouts on several processes."""
 
 
+_OF_ONE_PROCESS: dict[str, object] = {"freeze": (), "keep_zeros": False, "teacher": None}
+"""Fields of a run that no layout on several processes has been tried with, and their values without effect."""
+
+
 def check_layout(name: str | None, size: int, config: TrainConfig) -> None:
     """Raises where a run does not divide into the processes.
 
@@ -41,6 +45,9 @@ def check_layout(name: str | None, size: int, config: TrainConfig) -> None:
     if name not in LAYOUTS:
         raise ValueError(f"parallel must be one of {', '.join(LAYOUTS)}, got {name!r}")
     model, rows = config.model, config.batch_size // config.accumulate
+    for field, plain in _OF_ONE_PROCESS.items():
+        if (value := getattr(config, field)) != plain:
+            raise ValueError(f"{field} must be {plain!r} on several processes, got {value!r}")
     if model.experts > 1:
         raise ValueError(f"experts must be 1 on several processes, each of which would balance the experts of its own "
                          f"share of the tokens, got {model.experts}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ class _Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, targets: Tensor, first_key: Tensor | None) -> Tensor:
-        return self.model.loss(tokens, targets, first_key=first_key)
+    def forward(self, tokens: Tensor, targets: Tensor, first_key: Tensor | None, **options: Any) -> Tensor:
+        return self.model.loss(tokens, targets, first_key=first_key, **options)
 
 
 class SharedBatch(ManyProcesses):
@@ -44,9 +45,11 @@ class SharedBatch(ManyProcesses):
         """The `first_key` that belongs to the share."""
         return self.share(first_key)
 
-    def wrapped_loss(self, model: TorusLM, tokens: Tensor, targets: Tensor, first_key: Tensor | None) -> Tensor:
+    def wrapped_loss(
+        self, model: TorusLM, tokens: Tensor, targets: Tensor, first_key: Tensor | None, **options: Any
+    ) -> Tensor:
         """The mean loss of a share, through what adds up the gradients."""
-        return model.loss(tokens, targets, first_key=first_key)
+        return model.loss(tokens, targets, first_key=first_key, **options)
 
     def without_exchange(self) -> contextlib.AbstractContextManager[None]:
         """A context in which gradients stay in this process, to be added up with those of the last part."""
@@ -60,13 +63,14 @@ class SharedBatch(ManyProcesses):
         first_key: Tensor | None = None,
         accumulate: int = 1,
         autocast: bool = False,
+        **options: Any,
     ) -> float:
         total, mean = count_targets(targets), 0.0
         for number, (part, goals, first) in enumerate(parts_of(tokens, targets, first_key, accumulate), start=1):
             part, goals, first, count = self._shares(part, goals, first)
             with contextlib.nullcontext() if number == accumulate else self.without_exchange():
                 with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
-                    loss = self.wrapped_loss(model, part, goals, first)
+                    loss = self.wrapped_loss(model, part, goals, first, **options)
                 loss = loss * (count / max(1, total))
                 (self.size * loss).backward()
             mean += loss.item()
@@ -110,8 +114,10 @@ class DataParallel(_Sequences):
     def place(self, model: TorusLM) -> None:
         self._wrapper = DistributedDataParallel(_Loss(model))
 
-    def wrapped_loss(self, model: TorusLM, tokens: Tensor, targets: Tensor, first_key: Tensor | None) -> Tensor:
-        return self._wrapper(tokens, targets, first_key)
+    def wrapped_loss(
+        self, model: TorusLM, tokens: Tensor, targets: Tensor, first_key: Tensor | None, **options: Any
+    ) -> Tensor:
+        return self._wrapper(tokens, targets, first_key, **options)
 
     def without_exchange(self) -> contextlib.AbstractContextManager[None]:
         return self._wrapper.no_sync()

@@ -46,6 +46,7 @@ class Layout:
         first_key: Tensor | None = None,
         accumulate: int = 1,
         autocast: bool = False,
+        **options: Any,
     ) -> float:
         """Adds the gradient of the mean loss of a batch to that of the model.
 
@@ -54,6 +55,7 @@ class Layout:
             tokens, targets, first_key: the whole batch, each ``[B, T]``, as in `TorusLM.loss`.
             accumulate: parts of the batch that run one after the other.
             autocast: run the model in bfloat16 where PyTorch's autocast does.
+            options: of `TorusLM.loss`.
 
         Returns:
             The loss of the whole batch, in nats per token.
@@ -62,7 +64,7 @@ class Layout:
         for part, goals, first in parts_of(tokens, targets, first_key, accumulate):
             if count := count_targets(goals):
                 with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
-                    loss = model.loss(part, goals, first_key=first)
+                    loss = model.loss(part, goals, first_key=first, **options)
                 loss = loss * (count / total)  # the parts' means weigh as their targets do
                 loss.backward()
                 mean += loss.item()

@@ -77,7 +77,10 @@ class Pipeline(ManyProcesses):
         first_key: Tensor | None = None,
         accumulate: int = 1,
         autocast: bool = False,
+        **options: Any,
     ) -> float:
+        if options:
+            raise ValueError(f"the loss of a pipeline takes no options, got {', '.join(options)}")
         loss = self._through(tokens, targets, first_key, accumulate, autocast=autocast, training=True)
         if self._first or self._last:
             dist.all_reduce(self._stage.model.embedding.weight.grad, group=self._ends)
