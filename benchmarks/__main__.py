@@ -29,6 +29,7 @@ from . import (
     growth,
     language,
     precision,
+    scale,
     threads,
     transfer,
 )
@@ -36,7 +37,8 @@ from .accuracy import WrongResult
 from .report import ReportError
 from .show import markdown_of
 
-_COMMANDS = (cpu, growth, threads, decode, compare, precision, gpu, field, language, generation, coherence, transfer)
+_COMMANDS = (cpu, growth, threads, decode, compare, precision, gpu, field, language, generation, coherence, scale,
+             transfer)
 _EXPECTED = (BackendError, CheckpointError, CompressionError, DataError, FieldDataError, OSError, ReportError,
              TrainingError, WrongResult, compare.ComparisonError)
 

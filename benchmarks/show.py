@@ -13,6 +13,7 @@ from . import (
     gpu_report,
     language_report,
     precision_report,
+    scale_report,
     transfer_report,
 )
 from .report import Report
@@ -53,6 +54,8 @@ def markdown_of(path: Path) -> str:
         return generation.markdown(generation.GenerationReport.load(path))
     if kind == transfer_report.KIND:
         return transfer_report.markdown(transfer_report.TransferReport.load(path))
+    if kind == scale_report.KIND:
+        return scale_report.markdown(scale_report.ScaleReport.load(path))
     if kind == fuzz_report.KIND:
         return fuzz_report.markdown(path)
     return markdown_report(Report.load(path))

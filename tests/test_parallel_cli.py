@@ -75,7 +75,9 @@ def test_several_processes_need_a_layout(text, tmp_path, capsys, monkeypatch):
     ("sequence", 5, {}, "heads must be a multiple of the 5 processes, got 4"),
     ("fsdp", 2, {"teacher": "runs/model"}, "teacher must be None on several processes, got 'runs/model'"),
     ("sequence", 2, {"freeze": ("embedding",)}, "freeze must be .* on several processes, got .*embedding"),
-    ("ddp", 2, {"model": {"experts": 2}}, "experts must be 1 on several processes, .* got 2"),
+    ("ddp", 2, {"model": {"experts": 2}}, "experts must be 1 on several processes, got 2"),
+    ("pipeline", 2, {"model": {"ema_momentum": True}}, "ema_momentum must be False on several processes"),
+    ("fsdp", 2, {"coherence_every": 1}, "coherence_every must be None on several processes, got 1"),
     ("rows", 2, {}, "parallel must be one of ddp, fsdp, pipeline, sequence, got 'rows'"),
 ])
 def test_what_does_not_divide_is_refused(text, layout, size, changes, message):

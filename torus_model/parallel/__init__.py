@@ -23,8 +23,15 @@ LAYOUTS = ("ddp", "fsdp", "pipeline", "sequence")
 """Names of the layouts on several processes."""
 
 
-_OF_ONE_PROCESS: dict[str, object] = {"freeze": (), "keep_zeros": False, "teacher": None}
-"""Fields of a run that no layout on several processes has been tried with, and their values without effect."""
+_RUNS_OF_ONE_PROCESS: dict[str, object] = {
+    "freeze": (), "keep_zeros": False, "teacher": None, "coherence_every": None,
+}
+_MODELS_OF_ONE_PROCESS: dict[str, object] = {
+    "experts": 1, "ema_momentum": False, "ema_scales": 1, "sinusoidal_positions": False, "adaptive_alpha": False,
+}
+"""Fields of runs and models that layouts on several processes do not know, and their values without effect. A process
+would balance experts and measure coherence on its share alone, momentum and time constants make another state, and
+positions of a share of the tokens would begin anew."""
 
 
 def check_layout(name: str | None, size: int, config: TrainConfig) -> None:
@@ -45,12 +52,10 @@ def check_layout(name: str | None, size: int, config: TrainConfig) -> None:
     if name not in LAYOUTS:
         raise ValueError(f"parallel must be one of {', '.join(LAYOUTS)}, got {name!r}")
     model, rows = config.model, config.batch_size // config.accumulate
-    for field, plain in _OF_ONE_PROCESS.items():
-        if (value := getattr(config, field)) != plain:
-            raise ValueError(f"{field} must be {plain!r} on several processes, got {value!r}")
-    if model.experts > 1:
-        raise ValueError(f"experts must be 1 on several processes, each of which would balance the experts of its own "
-                         f"share of the tokens, got {model.experts}")
+    for of, plain in ((config, _RUNS_OF_ONE_PROCESS), (model, _MODELS_OF_ONE_PROCESS)):
+        for field, value in plain.items():
+            if (got := getattr(of, field)) != value:
+                raise ValueError(f"{field} must be {value!r} on several processes, got {got!r}")
     if name == "pipeline":
         if config.layer_decay != 1:
             raise ValueError(f"layer_decay must be 1 in a pipeline, whose stages do not know each other's depth, got "
