@@ -51,6 +51,8 @@ def check_layout(name: str | None, size: int, config: TrainConfig) -> None:
         return
     if name not in LAYOUTS:
         raise ValueError(f"parallel must be one of {', '.join(LAYOUTS)}, got {name!r}")
+    if size == 1:
+        return
     model, rows = config.model, config.batch_size // config.accumulate
     for of, plain in ((config, _RUNS_OF_ONE_PROCESS), (model, _MODELS_OF_ONE_PROCESS)):
         for field, value in plain.items():
