@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from support import Backend
 
 import torus_kernels.backends.triton as triton_backend
-from torus_kernels.backends import BACKENDS, unavailable
+from torus_kernels.backends import BACKENDS, BackendError, unavailable
 
 # Tests name the backend they run on; a variable left over from the shell would overrule the defaults under test.
 os.environ.pop("TORUS_BACKEND", None)
@@ -53,6 +53,17 @@ def _skip_dtypes_that_the_backend_does_not_take(request):
     dtype = getattr(request.node, "callspec", None) and request.node.callspec.params.get("dtype")
     if backend is not None and dtype is not None and dtype.is_floating_point and dtype not in backend.dtypes:
         pytest.skip(f"{dtype} is not for {backend.name}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """The CUDA kernels are for some dtypes and head dimensions: a test that has others is skipped with the reason."""
+    try:
+        return (yield)
+    except BackendError as error:
+        if "backend 'cuda' cannot run here" in str(error) and unavailable("cuda") is None:
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=_marks(name)) for name in BACKENDS])

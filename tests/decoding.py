@@ -45,7 +45,7 @@ def decode(backend, problem: Problem, cache: TorusKVCache, t: int) -> torch.Tens
 def steps(backend, problem: Problem) -> list[int]:
     """The tokens that `decode_all` decodes: every one or, interpreted, those before and after each wrap of the ring."""
     seq_len, num_slots = problem.q.shape[2], problem.lattice.num_sites
-    if not backend.is_interpreted:
+    if not backend.is_slow:
         return list(range(seq_len))
     around = {t for wrap in range(0, seq_len + 1, num_slots) for t in (wrap - 1, wrap)}
     return sorted(around & set(range(seq_len)) | {seq_len - 1})

@@ -36,14 +36,25 @@ class Backend:
         return self.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
     @property
+    def is_emulated(self) -> bool:
+        """The CUDA kernels are compiled for the CPU, where they run slowly."""
+        return self.name == "cuda" and os.environ.get("TORUS_CUDA_EMULATE", "0") not in ("", "0")
+
+    @property
+    def is_slow(self) -> bool:
+        return self.is_interpreted or self.is_emulated
+
+    @property
     def device(self) -> str:
-        return "cuda" if self.name in ("triton", "cuda") and not self.is_interpreted else "cpu"
+        return "cuda" if self.name in ("triton", "cuda") and not self.is_slow else "cpu"
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Dtypes the operator's definition asks of the backend; float64 on a GPU belongs to ``reference``."""
+        if self.name == "cuda":
+            return (torch.float16, torch.bfloat16)
         low = (torch.float32, torch.float16, torch.bfloat16)
-        return low if self.name in ("triton", "cuda") else (torch.float64, *low)
+        return low if self.name == "triton" else (torch.float64, *low)
 
     @property
     def exact_dtype(self) -> torch.dtype:

@@ -7,6 +7,7 @@ import torch
 
 import torus_kernels
 from torus_kernels import BackendError, TorusLattice, backends, ema_compound, lattice_rope, torus_attention
+from torus_kernels.backends import Problem
 
 LATTICE = TorusLattice(3, 3)
 
@@ -70,6 +71,27 @@ def test_forced_backend_says_why_in_backward(q, monkeypatch):
 def test_cuda_kernels_refuse_tensors_on_the_cpu(q):
     with pytest.raises(BackendError, match=r"'cuda' cannot run here: .{10}"):
         torus_attention(q, q, q, LATTICE, backend="cuda")
+
+
+@pytest.mark.parametrize("problem, reason", [
+    (Problem("cuda", torch.float32, 64), "takes float16 and bfloat16, and these tensors are float32"),
+    (Problem("cuda", torch.bfloat16, 136), "up to 128 channels, and these have 136"),
+    (Problem("cuda", torch.bfloat16, 12), "a multiple of 8 channels, and these have 12"),
+    (Problem("cuda", torch.bfloat16, 64, "rope"), "no rotary positions"),
+    (Problem("meta", torch.bfloat16, 64), "these tensors are on meta"),
+    (Problem("cuda", torch.float16, 128), None), (Problem("cuda", torch.bfloat16, 8, "decode"), None),
+])
+def test_what_the_cuda_kernels_take(problem, reason, monkeypatch):
+    module = backends.load("cuda")
+    monkeypatch.setattr(module, "emulating", lambda: False)
+    found = module.can_run(problem)
+    assert found is None if reason is None else reason in found
+
+
+def test_automatic_choice_prefers_triton_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(backends, "can_run", lambda name, problem: None)
+    monkeypatch.delenv("TORUS_BACKEND", raising=False)
+    assert backends.select("auto", Problem("cuda", torch.bfloat16, 64)) is backends.load("triton")
 
 
 @pytest.mark.gpu

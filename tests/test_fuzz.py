@@ -14,7 +14,7 @@ FUNCTIONS = {"torus_attention", "torus_attention_with_stats", "torus_attention_d
 
 
 def test_random_calls(backend):
-    cases = 20 if backend.is_interpreted else 200 if backend.name == "reference" else 2000
+    cases = 20 if backend.is_slow else 200 if backend.name == "reference" else 2000
     counts = run(backend, cases, None)
     assert sum(counts.values()) == cases
     if cases == 2000:  # neither a refusal nor an answer is rare

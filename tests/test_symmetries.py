@@ -36,7 +36,7 @@ def transform(tensors: dict[str, torch.Tensor], lattice: TorusLattice, move, str
 
 def check_commutes(backend, lattice, move, streams=UNCHANGED) -> None:
     backend.require(lattice)
-    batch, gates = (1, (True,)) if backend.is_interpreted else (2, (False, True))
+    batch, gates = (1, (True,)) if backend.is_slow else (2, (False, True))
     for token_gates in gates:
         problem = make_problem(lattice, batch=batch, heads=2, kv_heads=1, token_weights=token_gates,
                                token_alpha=token_gates).to(backend.exact_dtype, backend.device)

@@ -4,18 +4,12 @@ The interpreter is slow, so these are the small cases. Everything else of the su
 takes: ``TRITON_INTERPRET=1 ./run test -k triton``.
 """
 
-import concurrent.futures
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from reruns import Reruns
 
 pytest.importorskip("triton")
-
-TESTS = Path(__file__).parent
-TIMEOUT = 1800
 
 # What of each file runs, as an expression of pytest's -k.
 SELECTED = {
@@ -38,23 +32,13 @@ SELECTED = {
 }
 
 
-def _run(file: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / file), "-k",
-               f"triton and ({SELECTED[file]})"]
-    return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-
-
 @pytest.fixture(scope="module")
-def runs():
-    """All files, as many at once as there are cores."""
-    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        yield {file: pool.submit(_run, file) for file in SELECTED}
+def reruns():
+    with Reruns("triton", SELECTED, TRITON_INTERPRET="1") as runs:
+        yield runs
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the whole suite runs under the interpreter")
 @pytest.mark.parametrize("file", SELECTED)
-def test_suite(runs, file):
-    result = runs[file].result()
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    assert " passed" in result.stdout.splitlines()[-1], result.stdout
+def test_suite(reruns, file):
+    reruns.check(file)

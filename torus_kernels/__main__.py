@@ -24,7 +24,7 @@ from .selfcheck import Check, check_backend
 
 _VARIABLES = ("TORUS_", "TRITON_", "OMP_", "CUDA_", "PYTORCH_", "MKL_")
 _VARIABLE_NAMES = ("CXX", "MAX_JOBS")
-_ON_CUDA = ("triton", "cuda")
+_ON_CPU_UNDER = {"triton": "TRITON_INTERPRET", "cuda": "TORUS_CUDA_EMULATE"}  # the backends of GPUs
 _NOT_LOOKED_AT = "not looked at, as that would initialise CUDA: --cuda does it"
 
 
@@ -94,9 +94,13 @@ def _gpus(use_cuda: bool) -> str:
     return "; ".join(done.stdout.splitlines()) or "none"
 
 
+def _runs_on_cuda(name: str) -> bool:
+    return name in _ON_CPU_UNDER and os.environ.get(_ON_CPU_UNDER[name], "0") in ("", "0")
+
+
 def _may_look_at(name: str, use_cuda: bool) -> bool:
     """False where asking the backend whether it can run would initialise CUDA against the user's wish."""
-    if use_cuda or name not in _ON_CUDA or os.environ.get("TRITON_INTERPRET") == "1":
+    if use_cuda or not _runs_on_cuda(name):
         return True
     return torch.version.cuda is None or torch.cuda.device_count() == 0  # the count comes from the driver's library
 
@@ -141,7 +145,7 @@ def make_report(use_cuda: bool = False) -> Report:
 
 
 def _add_checks(report: Report, name: str) -> None:
-    device = "cuda" if name in _ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
+    device = "cuda" if _runs_on_cuda(name) else "cpu"
     checks: list[Check] = list(check_backend(name, device))
     report.checks += [check._asdict() for check in checks]
     report.failures += [

@@ -11,32 +11,12 @@ from torch import Tensor
 from .. import building
 from ..lattice import TorusLattice
 from ..ops._library import LIBRARY
-from ..ops.attention import OPERANDS
 from . import Problem
+from .native import define_operators, packed, why_not_loaded
 
 name = "cpu"
 
-_QKV = "Tensor q, Tensor k, Tensor v"
-LIBRARY.define(f"cpu_attention_forward({_QKV}, {OPERANDS}, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? entropy) -> ()")
-LIBRARY.define(
-    f"cpu_attention_backward(Tensor d_out, {_QKV}, {OPERANDS}, Tensor(a!) d_q, Tensor(b!) d_k, Tensor(c!) d_v, "
-    "Tensor(d!) d_weights, Tensor(e!) d_decay, Tensor(f!)? d_state, Tensor(g!)? d_alpha) -> ()"
-)
-LIBRARY.define(
-    f"cpu_attention_decode(Tensor q, Tensor keys, Tensor values, {OPERANDS}, int length, Tensor(a!) out) -> ()"
-)
-_COMPOUND = "Tensor x, Tensor state, Tensor alpha, Tensor? beta, Tensor? velocity"
-LIBRARY.define(f"cpu_ema_compound({_COMPOUND}, Tensor(a!) out, Tensor(b!)? new_velocity) -> ()")
-LIBRARY.define(
-    f"cpu_ema_compound_backward(Tensor d_out, Tensor? d_new_velocity, {_COMPOUND}, Tensor(a!) d_x, "
-    "Tensor(b!) d_state, Tensor(c!) d_alpha, Tensor(d!)? d_beta, Tensor(e!)? d_velocity) -> ()"
-)
-_MULTISCALE = "Tensor x, Tensor states, Tensor alphas, Tensor scale_weights"
-LIBRARY.define(f"cpu_ema_multiscale({_MULTISCALE}, Tensor(a!) mixed, Tensor(b!) new_states) -> ()")
-LIBRARY.define(
-    f"cpu_ema_multiscale_backward(Tensor d_mixed, Tensor d_new_states, {_MULTISCALE}, Tensor(a!) d_x, "
-    "Tensor(b!) d_states, Tensor(c!) d_alphas, Tensor(d!) d_scale_weights) -> ()"
-)
+define_operators("cpu")
 LIBRARY.define("cpu_rope(Tensor x, int[] lattice, int offset, bool inverse, Tensor(a!) out) -> ()")
 LIBRARY.define("cpu_instruction_set() -> int")
 
@@ -48,10 +28,8 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "amx")
 @functools.cache
 def unavailable() -> str | None:
     """Builds the library if that has not been done, loads it, and keeps the reason where either fails."""
-    try:
-        torch.ops.load_library(building.ensure_library(building.CPU))
-    except (building.BuildError, OSError) as error:
-        return f"{error}: {error.__cause__}" if error.__cause__ is not None else str(error)
+    if reason := why_not_loaded(building.CPU):
+        return reason
     try:
         instruction_set()
     except RuntimeError as error:
@@ -73,17 +51,13 @@ def _rows(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def _packed(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def _operands(
     stream_weights: Tensor, decay: Tensor, ema_state: Tensor | None, ema_alpha: Tensor | None,
     first_key: Tensor | None, lattice: TorusLattice, scale: float,
 ) -> tuple[Any, ...]:
     if first_key is not None:
         first_key = first_key.to(torch.int64).contiguous()
-    return (_packed(stream_weights), _packed(decay), _rows(ema_state), _packed(ema_alpha), first_key, lattice.spec,
+    return (packed(stream_weights), packed(decay), _rows(ema_state), packed(ema_alpha), first_key, lattice.spec,
             scale)
 
 
@@ -160,7 +134,7 @@ def ema_compound(
 ) -> None:
     """Writes ``state + alpha * step`` and, with momentum, the new velocity."""
     torch.ops.torus_kernels.cpu_ema_compound(
-        _rows(x), _rows(state), _packed(alpha), _packed(beta), _rows(velocity), out, new_velocity
+        _rows(x), _rows(state), packed(alpha), packed(beta), _rows(velocity), out, new_velocity
     )
 
 
@@ -171,7 +145,7 @@ def ema_compound_backward(
 ) -> None:
     """Writes the gradients of `ema_compound`."""
     torch.ops.torus_kernels.cpu_ema_compound_backward(
-        _rows(d_out), _rows(d_new_velocity), _rows(x), _rows(state), _packed(alpha), _packed(beta), _rows(velocity),
+        _rows(d_out), _rows(d_new_velocity), _rows(x), _rows(state), packed(alpha), packed(beta), _rows(velocity),
         d_x, d_state, d_alpha, d_beta, d_velocity,
     )
 
@@ -181,7 +155,7 @@ def ema_multiscale(
 ) -> None:
     """Writes the new states of all scales and their weighted sum."""
     torch.ops.torus_kernels.cpu_ema_multiscale(
-        _rows(x), _rows(states), _packed(alphas), _packed(scale_weights), mixed, new_states
+        _rows(x), _rows(states), packed(alphas), packed(scale_weights), mixed, new_states
     )
 
 
@@ -192,7 +166,7 @@ def ema_multiscale_backward(
 ) -> None:
     """Writes the gradients of `ema_multiscale`."""
     torch.ops.torus_kernels.cpu_ema_multiscale_backward(
-        _rows(d_mixed), _rows(d_new_states), _rows(x), _rows(states), _packed(alphas), _packed(scale_weights),
+        _rows(d_mixed), _rows(d_new_states), _rows(x), _rows(states), packed(alphas), packed(scale_weights),
         d_x, d_states, d_alphas, d_scale_weights,
     )
 

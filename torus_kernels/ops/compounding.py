@@ -9,7 +9,7 @@ from ._library import define, differentiable, empty_tokens, first_order_only, gi
 
 
 def _select(backend: str, x: Tensor):
-    return select(backend, Problem(x.device.type, x.dtype, x.shape[-1]))
+    return select(backend, Problem(x.device.type, x.dtype, x.shape[-1], "compounding"))
 
 
 def _compound_outputs(x, velocity) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from .attention import OPERANDS
 def _decode(
     q, keys, values, stream_weights, decay, ema_state, ema_alpha, first_key, lattice, scale, length, backend
 ) -> Tensor:
-    module = select(backend, Problem(q.device.type, q.dtype, q.shape[-1]))
+    module = select(backend, Problem(q.device.type, q.dtype, q.shape[-1], "decode"))
     out = empty_tokens(q)
     if q.numel() > 0:
         module.attention_decode(

@@ -10,7 +10,7 @@ from ._library import define, differentiable, empty_tokens
 
 
 def _rope(x, lattice, offset, inverse, backend) -> Tensor:
-    module = select(backend, Problem(x.device.type, x.dtype, x.shape[-1]))
+    module = select(backend, Problem(x.device.type, x.dtype, x.shape[-1], "rope"))
     out = empty_tokens(x)
     if x.numel() > 0:
         module.rope(x, TorusLattice.from_spec(lattice), offset, inverse, out)
