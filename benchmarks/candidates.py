@@ -74,6 +74,11 @@ def operator(backend: str) -> Candidate:
     return Candidate(OPERATOR, f"{OPERATOR} ({backend})", operator_on(check_name(backend)))
 
 
+def other_operator(backend: str) -> Candidate:
+    """The operator on a further backend, beside `operator`."""
+    return Candidate(f"{OPERATOR}_{backend}", f"{OPERATOR} ({backend})", operator_on(check_name(backend)))
+
+
 def best_cpu_backend() -> str:
     """``cpu`` where it can run, else ``reference``."""
     return "cpu" if "cpu" in available_backends() else "reference"

@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 
 from torus_kernels import BackendError
-from torus_kernels.backends import BACKENDS, Problem, can_run
+from torus_kernels.backends import BACKENDS, Problem, can_run, unavailable
 
 from . import arguments, environment, gpu_decode, gpu_peers, gpu_report
 from .accuracy import Gate, WrongResult
-from .candidates import BOTH, OPERATOR, Candidate, operator
+from .candidates import BOTH, Candidate, operator, other_operator
 from .gpu_report import GpuReport, Judged, Machine, Measured, Work
 from .gpu_timing import Stopwatch
 from .progress import Say, silent, steps
@@ -29,6 +29,9 @@ GPU_WORKLOADS = ("field-16k", "field-64k", "text-32k", "field-4k", "text-4k", "s
 
 DECODED = "text-32k"
 """The workload that is decoded, too."""
+
+OPERATORS = ("triton", "cuda")
+"""Backends of the operator that are timed, each where it can run."""
 
 MAX_SECONDS = 540.0
 """After which nothing more is compiled."""
@@ -48,7 +51,8 @@ def add_parser(commands) -> None:
     arguments.add_directions(parser)
     arguments.add_choice(parser, "--peers", gpu_peers.GPU_PEERS, tuple(gpu_peers.GPU_PEERS), "peers to time")
     arguments.add_seconds(parser, 0.5)
-    parser.add_argument("--backend", choices=BACKENDS, default="triton", help="of the operator (default: %(default)s)")
+    parser.add_argument("--backend", choices=BACKENDS, default="triton",
+                        help="of the operator, with which all else is compared (default: %(default)s)")
     arguments.add_output(parser, "gpu")
     parser.set_defaults(run=_run)
 
@@ -94,14 +98,17 @@ class GpuSuite:
         device: of the tensors.
         backend: of the operator.
         peers: what else is timed.
+        others: further backends of the operator.
     """
 
     def __init__(
-        self, machine: Machine, stopwatch: Stopwatch, backend: str, peers: Sequence[Candidate], device: str = "cuda"
+        self, machine: Machine, stopwatch: Stopwatch, backend: str, peers: Sequence[Candidate], device: str = "cuda",
+        others: Sequence[str] = (),
     ) -> None:
         self._stopwatch, self._device = stopwatch, device
-        self._operator, self._peers = operator(backend), peers
-        self.report = GpuReport(machine, {c.name: c.label for c in (self._operator, *peers)})
+        self._operator, self._others = operator(backend), [other_operator(name) for name in others]
+        self._peers = [*self._others, *peers]
+        self.report = GpuReport(machine, {c.name: c.label for c in (self._operator, *self._peers)})
 
     def measure(
         self, workload: Workload, dtype: torch.dtype, direction: str, candidates: Sequence[Candidate],
@@ -112,7 +119,8 @@ class GpuSuite:
         The truth is `compose` in float64, on the first and the last head.
 
         Raises:
-            WrongResult: the operator exceeds its error budget. A peer that does, or that cannot run, is skipped.
+            WrongResult: the operator exceeds its error budget, on any backend. A peer that does is skipped, and so is
+                whatever cannot run.
         """
         case = Case(workload.name, str(dtype).removeprefix("torch."), direction)
         if case not in [of for of, _ in self.report.work]:
@@ -132,15 +140,15 @@ class GpuSuite:
 
     def _measure(self, candidate: Candidate, case: Case, inputs: Inputs, gate: Gate) -> None:
         run: Callable[[Callable], object] = inputs.forward_backward if case.direction == BOTH else inputs.forward
-        is_operator = candidate.name == OPERATOR
+        is_operator, is_other = candidate == self._operator, candidate in self._others
         try:
             if candidate.computes_operator:
-                found = gate.check(candidate.label, candidate.attention, peer=not is_operator)
+                found = gate.check(candidate.label, candidate.attention, peer=not (is_operator or is_other))
                 worst = max(found, key=lambda check: check.error / check.budget)
                 self.report.judged.append(Judged(case, candidate.name, worst))
             timing = self._stopwatch.measure(lambda: run(candidate.attention))
         except (RuntimeError, WrongResult) as error:  # out of memory, no kernel for this dtype, too wrong
-            if is_operator:
+            if is_operator or (is_other and isinstance(error, WrongResult)):
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.report.skipped.append(Skipped(case, candidate.name, reason))
@@ -183,7 +191,8 @@ def run(
     """
     require_device(backend)
     stopwatch = Stopwatch(seconds)
-    suite = GpuSuite(describe_machine(stopwatch), stopwatch, backend, peers)
+    others = [name for name in OPERATORS if name != backend and unavailable(name) is None]
+    suite = GpuSuite(describe_machine(stopwatch), stopwatch, backend, peers, others=others)
     console.print(suite.report.machine.describe(), highlight=False)
     report = suite.measure_all(workloads, dtypes, directions, console)
     for workload in (w for w in workloads if w.name == DECODED):

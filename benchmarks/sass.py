@@ -211,6 +211,36 @@ def read(kernel: Any, constants: dict[str, Any] | None = None) -> Code:
                 tuple(parse(listing)))
 
 
+_KERNEL = re.compile(r"\d([A-Z]\w*?Kernel)")
+_ELEMENT = re.compile(r"\d(B?Float16)")
+_NUMBER = re.compile(r"Li(\d+)E")
+
+
+def read_library(library: Path) -> dict[str, list[Code]]:
+    """The kernels of a library that nvcc made, by architecture, as in ``{"sm_80": [...]}``.
+
+    Of each, ``constants`` has its template arguments: ``element`` and ``numbers``. How many warps it runs with and what
+    shared memory it is given is not in the library.
+
+    Raises:
+        NoDisassembler: there is no cuobjdump.
+    """
+    command = [disassembler(), "-sass", "-res-usage", str(library)]
+    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[Code]] = {}
+    for part in re.split(r"^arch = ", dump, flags=re.MULTILINE)[1:]:
+        architecture = part.split(maxsplit=1)[0]
+        usage = {name: _RESOURCES.search(rest) for name, rest in re.findall(r"Function (\w+):\s*(REG:.*)", part)}
+        for listing in re.split(r"^\s*Function : ", part, flags=re.MULTILINE)[1:]:
+            symbol = listing.split(maxsplit=1)[0]
+            element = _ELEMENT.search(symbol)
+            constants = {"element": element and element[1], "numbers": tuple(map(int, _NUMBER.findall(symbol)))}
+            registers, stack, _, local = map(int, usage[symbol].groups())
+            found.setdefault(architecture, []).append(Code(
+                _KERNEL.search(symbol)[1], constants, 1, registers, stack + local, 0, tuple(parse(listing))))
+    return found
+
+
 class _Offline:
     """Stands in for Triton's driver: a device of the capability that nothing can be launched on."""
 
