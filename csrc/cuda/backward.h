@@ -33,7 +33,8 @@ struct BackwardArguments {
   Tokens d_q_out, d_k_out, d_v_out;
 };
 
-TORUS_DEVICE Lane<float> load_lse2(const BackwardArguments& arguments, const Head& head, const Lane<int>& token, int stream) {
+TORUS_DEVICE Lane<float> load_lse2(const BackwardArguments& arguments, const Head& head, const Lane<int>& token,
+                                   int stream) {
   const Operands& in = arguments.in;
   const Lane<int64_t> row = cast<int64_t>(token) + (head.batch * in.heads.query + head.query) * in.seq_len;
   return load(arguments.lse, row * int64_t{kNumStreams} + static_cast<int64_t>(stream), token >= 0, 0.0f) * kLog2e;
@@ -64,7 +65,8 @@ TORUS_DEVICE void write_gradient(const Operands& in, float* workspace, E* rows, 
   add_rows<D>(in, workspace, own.token, sums,
               [&](int, const Lane<int>& token, const Lane<int>& column, const Lane<bool>& where, const Lane<float>& low,
                   const Lane<float>& high) {
-                store_pair(rows, cast<int64_t>(token) * stride + cast<int64_t>(column), low * factor, high * factor, where);
+                const Lane<int64_t> element = cast<int64_t>(token) * stride + cast<int64_t>(column);
+                store_pair(rows, element, low * factor, high * factor, where);
               });
 }
 

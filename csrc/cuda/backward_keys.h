@@ -1,6 +1,6 @@
-// Backward of one family of lines, or of the cross flows, by keys: d_k and d_v of sixteen keys a warp, in one sweep over the
-// queries that see them, for every query head of the group in turn. Scores are transposed: own rows are keys, so that
-// what belongs to a query belongs to a column.
+// Backward of one family of lines, or of the cross flows, by keys: d_k and d_v of sixteen keys a warp, in one sweep
+// over the queries that see them, for every query head of the group in turn. Scores are transposed: own rows are
+// keys, so that what belongs to a query belongs to a column.
 #pragma once
 
 #include "backward.h"
@@ -33,6 +33,7 @@ struct KeyGradientsKernel {
     const OwnRows own(schedule, warp);
     const int64_t local = warp.block_y();
     const Head first_head = member_head(in, local, 0);
+    const int64_t strides[2] = {in.q.token, in.d_out.token};
 
     const int own_at = 2 * kBufferBytes + warp.index() * 2 * kOwnBytes;
     const int slices_at = 2 * kBufferBytes + warp.count() * 2 * kOwnBytes + warp.index() * kSliceBytes;
@@ -61,15 +62,16 @@ struct KeyGradientsKernel {
     zero_sums(d_v);
     for (int member = 0; member < in.heads.group(); ++member) {
       const Head head = member_head(in, local, member);
+      const E* const queries[2] = {rows_of<const E>(in.q, head.batch, head.query),
+                                   rows_of<const E>(in.d_out, head.batch, head.query)};
       float slope[kStreams];
       for (int k = 0; k < kStreams; ++k) slope[k] = bias_slope(in, head, schedule.stream[k]);
       for_each_tile(
           warp, schedule, own.place,
           [&](const OtherPlace& other, int buffer) {
-            copy_others<2, E, D>(in, warp, own.place, other,
-                                 {rows_of<const E>(in.q, head.batch, head.query), rows_of<const E>(in.d_out, head.batch, head.query)},
-                                 {in.q.token, in.d_out.token}, {tile(buffer, 0), tile(buffer, 1)});
-            stage_numbers(warp, arguments, head, other_tokens(schedule, own.place, other), oldest(buffer), numbers(buffer));
+            const Lane<int> token = other_tokens(schedule, own.place, other);
+            copy_others<2, E, D>(in, warp, token, queries, strides, {tile(buffer, 0), tile(buffer, 1)});
+            stage_numbers(warp, arguments, head, token, oldest(buffer), numbers(buffer));
           },
           [&](const OtherPlace& other, int buffer) {
             if (!slices.fill(in, warp, own, other, slope)) return;
@@ -77,12 +79,14 @@ struct KeyGradientsKernel {
               Sum scores[kChunkTiles], d_probs[kChunkTiles], mixed[kChunkTiles], d_scores[kChunkTiles];
               multiply_rows(scores, key, tile(buffer, 0), row0);
               multiply_rows(d_probs, value, tile(buffer, 1), row0);
-              if (in.first_key != nullptr || other.count < kOtherRows) hide<true>(scores, own.token, oldest(buffer), row0);
+              if (in.first_key != nullptr || other.count < kOtherRows)
+                hide<true>(scores, own.token, oldest(buffer), row0);
               zero_sums(mixed);
               zero_sums(d_scores);
               TORUS_UNROLL
               for (int k = 0; k < kStreams; ++k)
-                if (slices.seen[k]) add_stream(k, slices, numbers(buffer), row0, in.scale2, scores, d_probs, mixed, d_scores);
+                if (slices.seen[k])
+                  add_stream(k, slices, numbers(buffer), row0, in.scale2, scores, d_probs, mixed, d_scores);
               multiply_depth<E, D>(d_v, left_of<E>(mixed[0], mixed[1]), tile(buffer, 1), row0);
               multiply_gradients<E, D>(d_k, d_scores, tile(buffer, 0), row0);
             }
@@ -100,7 +104,8 @@ struct KeyGradientsKernel {
  private:
   // Of the queries of a tile, one in a lane.
   static TORUS_DEVICE void stage_numbers(const Warp& warp, const Arguments& arguments, const Head& head,
-                                         const Lane<int>& token, const Shared<int>& oldest, const Shared<float>& numbers) {
+                                         const Lane<int>& token, const Shared<int>& oldest,
+                                         const Shared<float>& numbers) {
     const Operands& in = arguments.in;
     if (warp.index() == 0) oldest.store(lane_index(), oldest_key(in, head.batch, token), true);
     for (int item = warp.index(); item < kStreams * kRowNumbers; item += warp.count()) {
@@ -113,16 +118,18 @@ struct KeyGradientsKernel {
   }
 
   // What stream k adds to sum_s g_s P_s and to dS, both transposed.
-  static TORUS_DEVICE void add_stream(int k, const WarpSlices& slices, const Shared<float>& numbers, int row0, float scale2,
-                                      const Sum (&scores)[kChunkTiles], const Sum (&d_probs)[kChunkTiles],
-                                      Sum (&mixed)[kChunkTiles], Sum (&d_scores)[kChunkTiles]) {
+  static TORUS_DEVICE void add_stream(int k, const WarpSlices& slices, const Shared<float>& numbers, int row0,
+                                      float scale2, const Sum (&scores)[kChunkTiles],
+                                      const Sum (&d_probs)[kChunkTiles], Sum (&mixed)[kChunkTiles],
+                                      Sum (&d_scores)[kChunkTiles]) {
     const Diagonals<kChunkTiles> bias(slices.bias(k), row0 / kColumns);
     TORUS_UNROLL
     for (int t = 0; t < kChunkTiles; ++t)
       TORUS_UNROLL
       for (int i = 0; i < 2; ++i) {
         const auto of_column = [&](RowNumber number) {
-          return numbers.load(fragment_member() * 2 + ((k * kRowNumbers + number) * kOtherRows + row0 + t * kColumns + i));
+          const int first = (k * kRowNumbers + number) * kOtherRows + row0 + t * kColumns;
+          return numbers.load(fragment_member() * 2 + (first + i));
         };
         const Lane<float> lse2 = of_column(kLse), gate = of_column(kGate), delta = of_column(kDelta);
         TORUS_UNROLL

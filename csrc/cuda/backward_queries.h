@@ -44,7 +44,8 @@ struct QueryGradientsKernel {
     };
 
     copy_own_rows<2, E, D>(in, warp, own,
-                           {rows_of<const E>(in.q, head.batch, head.query), rows_of<const E>(in.d_out, head.batch, head.query)},
+                           {rows_of<const E>(in.q, head.batch, head.query),
+                            rows_of<const E>(in.d_out, head.batch, head.query)},
                            {in.q.token, in.d_out.token}, {query.tile, d_out.tile});
     query.load();
     d_out.load();
@@ -64,8 +65,9 @@ struct QueryGradientsKernel {
     }
 
     const auto stage = [&](const OtherPlace& other, int buffer) {
-      copy_others<2, E, D>(in, warp, own.place, other, key_values, strides, {tile(buffer, 0), tile(buffer, 1)});
-      if (warp.index() == 0) tokens(buffer).store(lane_index(), other_tokens(schedule, own.place, other), true);
+      const Lane<int> token = other_tokens(schedule, own.place, other);
+      copy_others<2, E, D>(in, warp, token, key_values, strides, {tile(buffer, 0), tile(buffer, 1)});
+      if (warp.index() == 0) tokens(buffer).store(lane_index(), token, true);
     };
     // visit(buffer, row0, scores, d_probs) for every sixteen keys that are there.
     const auto sweep = [&](auto visit) {
@@ -145,8 +147,9 @@ struct QueryGradientsKernel {
         store(arguments.rows.decay, at, quad_sum(decay[k][half]), where);
       }
     }
-    write_gradient<E, D>(in, arguments.d_q + head.local * in.tokens(), rows_of<E>(arguments.d_q_out, head.batch, head.query),
-                         arguments.d_q_out.token, own, d_q, in.scale);
+    write_gradient<E, D>(in, arguments.d_q + head.local * in.tokens(),
+                         rows_of<E>(arguments.d_q_out, head.batch, head.query), arguments.d_q_out.token, own, d_q,
+                         in.scale);
   }
 };
 

@@ -1,6 +1,6 @@
 // What the bindings and the CUDA kernels share: plain structs of pointers and one function per operator. Nothing here
-// depends on PyTorch or on CUDA: the same functions run on a GPU, compiled by nvcc, and on the CPU, where a C++ compiler
-// builds the same kernels over csrc/cuda/host.
+// depends on PyTorch or on CUDA: the same functions run on a GPU, compiled by nvcc, and on the CPU, where a C++
+// compiler builds the same kernels over csrc/cuda/host.
 //
 // Contract of the callers, on top of what every backend may count on:
 // - tokens are float16 or bfloat16, head_dim a multiple of 8 up to kMaxHeadDim, seq_len at most kMaxTokens;

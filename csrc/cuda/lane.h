@@ -52,6 +52,7 @@ TORUS_DEVICE T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 
+// x of lane `source`, which may be another one in every lane.
 template <class T>
 TORUS_DEVICE T shuffle(T x, int source) {
   return __shfl_sync(0xffffffffu, x, source);

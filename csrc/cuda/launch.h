@@ -22,8 +22,11 @@ inline std::string describe(const char* name, Grid grid, int warps, int shared_b
 
 #if defined(__CUDACC__)
 
+// Of a multiprocessor: what it takes for 255 registers a thread, rather than spills for the sake of more blocks.
+constexpr int kMinBlocks = 2;
+
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kMaxWarps* kWarpLanes)
+__global__ void __launch_bounds__(Kernel::kMaxWarps* kWarpLanes, kMinBlocks)
     entry(const __grid_constant__ typename Kernel::Arguments arguments) {
   Kernel::run(Warp{}, arguments);
 }
@@ -51,12 +54,11 @@ void launch(Grid grid, int warps, int shared_bytes, const Device& device,
 template <class Kernel>
 void launch(Grid grid, int warps, int shared_bytes, const Device&, const typename Kernel::Arguments& arguments) {
   try {
+    HostBlock block(warps, shared_bytes);
     for (int z = 0; z < grid.z; ++z)
       for (int y = 0; y < grid.y; ++y)
-        for (int x = 0; x < grid.x; ++x) {
-          HostBlock block({x, y, z}, warps, shared_bytes);
-          block.run([&](int warp) { Kernel::run(Warp{&block, warp}, arguments); });
-        }
+        for (int x = 0; x < grid.x; ++x)
+          block.run({x, y, z}, [&](int warp) { Kernel::run(Warp{&block, warp}, arguments); });
   } catch (const std::exception& error) {
     throw std::runtime_error(describe(Kernel::kName, grid, warps, shared_bytes) + ": " + error.what());
   }

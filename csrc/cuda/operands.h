@@ -55,7 +55,8 @@ TORUS_DEVICE E* rows_of(const Tokens& tokens, int64_t batch, int head) {
 }
 
 // A parameter at rows of a head; per head its stride of tokens is 0.
-TORUS_DEVICE Lane<float> load_parameter(const Parameter& parameter, const Head& head, const Lane<int>& token, int column) {
+TORUS_DEVICE Lane<float> load_parameter(const Parameter& parameter, const Head& head, const Lane<int>& token,
+                                        int column) {
   const float* const base = static_cast<const float*>(parameter.data) + head.batch * parameter.batch +
                             head.query * parameter.head + column;
   return load(base, cast<int64_t>(token) * parameter.token, token >= 0, 0.0f);
@@ -87,61 +88,70 @@ struct OwnRows {
   TORUS_DEVICE OwnRows(const Schedule& schedule, const Warp& warp) : place(schedule.own(warp.block_x())) {
     const int track = schedule.own_track(place, warp.index()), first = schedule.own_position(place, warp.index());
     for (int half = 0; half < 2; ++half)
-      token[half] = map([&](int row) { return schedule.own_token(place, track, row); }, fragment_group() + first + 8 * half);
+      token[half] =
+          map([&](int row) { return schedule.own_token(place, track, row); }, fragment_group() + first + 8 * half);
     any = cuda::any(token[0] >= 0 || token[1] >= 0);
   }
 };
 
-// Begins to copy `rows` rows, one to `kChunks` lanes, of which tokens_of(row) says where they are; rows without a token and
-// columns beyond head_dim are zeros. Lanes are numbered from `lane` on, `lanes` in all.
-template <int kSources, class E, int D, class TokensOf>
-TORUS_DEVICE void copy_rows(const Operands& in, int rows, const E* const (&from)[kSources], const int64_t (&stride)[kSources],
-                            const Tile<E, D> (&to)[kSources], const Lane<int>& lane, int lanes, TokensOf tokens_of) {
+// Begins to copy rows of some tensors into tiles: row r is that of the token in lane r, zeros where there is none and
+// in columns beyond head_dim. `thread` of `threads` takes its share of chunks of 16 bytes.
+template <int kCount, int kSources, class E, int D>
+TORUS_DEVICE void copy_rows(const Operands& in, const Lane<int>& token, const E* const (&from)[kSources],
+                            const int64_t (&stride)[kSources], const Tile<E, D> (&to)[kSources],
+                            const Lane<int>& thread, int threads) {
   using T = Tile<E, D>;
-  for (int first = 0; first < rows * T::kChunks; first += lanes) {
-    const Lane<int> item = lane + first;
+  static_assert(kCount <= kWarpLanes, "a lane for every row");
+  for (int first = 0; first < kCount * T::kChunks; first += threads) {
+    const Lane<int> item = thread + first;
     const Lane<int> row = item / T::kChunks, chunk = item % T::kChunks;
-    const Lane<int> token = map(tokens_of, row);
+    const Lane<int> here = shuffle(token, row % kWarpLanes);
+    const Lane<bool> there = here >= 0 && chunk * T::kChunk < in.head_dim, wanted = item < kCount * T::kChunks;
+    const Lane<int64_t> column = cast<int64_t>(chunk * T::kChunk);
+    TORUS_UNROLL
     for (int s = 0; s < kSources; ++s)
-      copy_async(to[s].data, T::at(row, chunk), from[s], cast<int64_t>(token) * stride[s] + cast<int64_t>(chunk * T::kChunk),
-                 token >= 0 && chunk * T::kChunk < in.head_dim, item < rows * T::kChunks);
+      copy_async(to[s].data, T::at(row, chunk), from[s], cast<int64_t>(here) * stride[s] + column, there, wanted);
   }
 }
 
-// A warp's own rows of some tensors into its part of tiles; visible to the warp on return.
+// A warp's own rows into its part of tiles; visible to the warp on return.
 template <int kSources, class E, int D>
-TORUS_DEVICE void copy_own_rows(const Operands& in, const Warp& warp, const OwnRows& own, const E* const (&from)[kSources],
-                                const int64_t (&stride)[kSources], const Tile<E, D> (&to)[kSources]) {
+TORUS_DEVICE void copy_own_rows(const Operands& in, const Warp& warp, const OwnRows& own,
+                                const E* const (&from)[kSources], const int64_t (&stride)[kSources],
+                                const Tile<E, D> (&to)[kSources]) {
   const Schedule& schedule = in.schedule;
   const int track = schedule.own_track(own.place, warp.index()), first = schedule.own_position(own.place, warp.index());
-  copy_rows(in, kOwnRows, from, stride, to, lane_index(), kWarpLanes,
-            [&](int row) { return schedule.own_token(own.place, track, first + row); });
+  const Lane<int> token =
+      map([&](int row) { return schedule.own_token(own.place, track, row); }, lane_index() % kOwnRows + first);
+  copy_rows<kOwnRows, kSources, E, D>(in, token, from, stride, to, lane_index(), kWarpLanes);
   warp.commit_copies();
   warp.template wait_copies<0>();
   warp.sync();
 }
 
-// The same by the whole block for a tile of others.
-template <int kSources, class E, int D>
-TORUS_DEVICE void copy_others(const Operands& in, const Warp& warp, const OwnPlace& own, const OtherPlace& other,
-                              const E* const (&from)[kSources], const int64_t (&stride)[kSources],
-                              const Tile<E, D> (&to)[kSources]) {
-  const Schedule& schedule = in.schedule;
-  copy_rows(in, kOtherRows, from, stride, to, lane_index() + warp.index() * kWarpLanes, warp.count() * kWarpLanes,
-            [&](int row) { return row < other.count ? schedule.token(own, other.track, other.position + row) : kNoToken; });
-}
-
 // Token of every row of a tile of others, one in a lane.
 TORUS_DEVICE Lane<int> other_tokens(const Schedule& schedule, const OwnPlace& own, const OtherPlace& other) {
   static_assert(kOtherRows == kWarpLanes, "a lane for every row");
-  return map([&](int row) { return row < other.count ? schedule.token(own, other.track, other.position + row) : kNoToken; },
-             lane_index());
+  const auto token = [&](int row) {
+    return row < other.count ? schedule.token(own, other.track, other.position + row) : kNoToken;
+  };
+  return map(token, lane_index());
 }
 
-// Walks over the block's tiles of others in two buffers: stage(tile, buffer) begins to copy one while visit(tile, buffer)
-// works on the other.
+// Rows of a tile of others, by the whole block.
+template <int kSources, class E, int D>
+TORUS_DEVICE void copy_others(const Operands& in, const Warp& warp, const Lane<int>& token,
+                              const E* const (&from)[kSources], const int64_t (&stride)[kSources],
+                              const Tile<E, D> (&to)[kSources]) {
+  copy_rows<kOtherRows, kSources, E, D>(in, token, from, stride, to, lane_index() + warp.index() * kWarpLanes,
+                                        warp.count() * kWarpLanes);
+}
+
+// Walks over the block's tiles of others in two buffers: stage(tile, buffer) begins to copy one while
+// visit(tile, buffer) works on the other.
 template <class Stage, class Visit>
-TORUS_DEVICE void for_each_tile(const Warp& warp, const Schedule& schedule, const OwnPlace& own, Stage stage, Visit visit) {
+TORUS_DEVICE void for_each_tile(const Warp& warp, const Schedule& schedule, const OwnPlace& own, Stage stage,
+                                Visit visit) {
   OtherWalk walk(schedule, own);
   OtherPlace tile{}, next{};
   bool more = walk.next(tile);

@@ -1,5 +1,5 @@
-// Gradients of weights, decay, alpha and state from the sums that query rows have left, token by token; where parameters are
-// per head, sums over tokens and over the batch in a fixed order.
+// Gradients of weights, decay, alpha and state from the sums that query rows have left, token by token; where
+// parameters are per head, sums over tokens and over the batch in a fixed order.
 #pragma once
 
 #include "backward.h"
@@ -51,7 +51,8 @@ struct TokenGradientsKernel {
       const Lane<float> alpha = compounds ? load_parameter(in.alpha, head, Lane<int>(t), 0) : Lane<float>(1.0f);
       const Lane<float> d_weight = alpha * delta;
       if (arguments.d_weights != nullptr)
-        store(arguments.d_weights, cast<int64_t>(lane) + (global * in.seq_len + t) * int64_t{kNumStreams}, d_weight, of_weights);
+        store(arguments.d_weights, cast<int64_t>(lane) + (global * in.seq_len + t) * int64_t{kNumStreams}, d_weight,
+              of_weights);
       sums = sums + select(of_weights, d_weight, decay);
       if (!compounds) continue;
 
@@ -96,8 +97,10 @@ struct ReduceKernel {
     const Lane<int> lane = lane_index();
     Lane<double> total = 0.0;
     for (int64_t b = 0; b < a.batch; ++b)
-      for (int64_t w = 0; w < a.warps; ++w)
-        total = total + cast<double>(load(a.partials, cast<int64_t>(lane) + ((b * a.heads + h) * a.warps + w) * int64_t{kWarpLanes}));
+      for (int64_t w = 0; w < a.warps; ++w) {
+        const int64_t first = ((b * a.heads + h) * a.warps + w) * kWarpLanes;
+        total = total + cast<double>(load(a.partials, cast<int64_t>(lane) + first));
+      }
     const Lane<float> sum = cast<float>(total);
     const Lane<int64_t> stream = cast<int64_t>(lane % kNumStreams) + h * int64_t{kNumStreams};
     if (a.d_weights != nullptr) store(a.d_weights, stream, sum, lane < kDecayLane);

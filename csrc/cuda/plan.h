@@ -1,5 +1,5 @@
-// What one call of attention shares among its launches: schedules, tables, and the chunks of heads that it is worked off
-// in. Streams of a head run family by family into one sum, in a fixed order, so that results repeat to the bit.
+// What one call of attention shares among its launches: schedules, tables, and the chunks of heads that it is worked
+// off in. Streams of a head run family by family into one sum, in a fixed order, so that results repeat to the bit.
 #pragma once
 
 #include "operands.h"
@@ -15,7 +15,8 @@ struct Plan {
 
   // Families with a stream that takes part, then the cross flows.
   Plan(const AttentionInputs& in, bool mirrored) {
-    for (int f = 0; f < kNumFamilies; ++f) take(line_schedule(in.lattice, static_cast<Family>(f), in.seq_len, mirrored));
+    for (int f = 0; f < kNumFamilies; ++f)
+      take(line_schedule(in.lattice, static_cast<Family>(f), in.seq_len, mirrored));
     take(cross_schedule(in.lattice, in.seq_len, mirrored));
   }
 
@@ -55,8 +56,9 @@ inline Operands operands_of(const AttentionInputs& in) {
 inline void check_supported(const AttentionInputs& in) {
   const bool low = in.dtype == DType::kFloat16 || in.dtype == DType::kBFloat16;
   if (!low || in.head_dim > kMaxHeadDim || in.head_dim % 8 != 0 || in.seq_len > kMaxTokens)
-    throw std::runtime_error("the CUDA kernels take float16 and bfloat16, head dimensions that are multiples of 8 up to " +
-                             std::to_string(kMaxHeadDim) + " and up to 2^30 tokens");
+    throw std::runtime_error(
+        "the CUDA kernels take float16 and bfloat16, head dimensions that are multiples of 8 up to " +
+        std::to_string(kMaxHeadDim) + " and up to 2^30 tokens");
 }
 
 // Heads that a chunk has where each needs so many bytes of workspace: as many as half the cache holds.

@@ -1,6 +1,6 @@
-// Who meets whom: the cut of a family of lines, or of the lattice under the cross flows, into blocks of own rows and the
-// tiles of other rows that each block walks over. Own rows are queries and the others keys, or the other way round where
-// the schedule is mirrored. Positions are 32-bit: no sequence has more than kMaxTokens tokens.
+// Who meets whom: the cut of a family of lines, or of the lattice under the cross flows, into blocks of own rows and
+// the tiles of other rows that each block walks over. Own rows are queries and the others keys, or the other way round
+// where the schedule is mirrored. Positions are 32-bit: no sequence has more than kMaxTokens tokens.
 //
 // Both kinds of streams have one form. A row lies at a position of a track: of a line, or, for the cross flows, at a
 // column of a lattice row. What a stream thinks of a pair is a function of two displacements, of track and of position,
@@ -174,7 +174,8 @@ struct OtherWalk {
     int width = -1;
     for (int warp = 0; warp < s.warps; ++warp) {
       const int row = s.sign() * (own.track + warp - track);
-      if (own.track + warp < s.num_tracks && row >= s.row_lo && row <= s.row_hi) width = maximum(width, s.half_width(row));
+      if (own.track + warp < s.num_tracks && row >= s.row_lo && row <= s.row_hi)
+        width = maximum(width, s.half_width(row));
     }
     if (width < 0) return;
     const int lo = maximum(s.col_lo, -width), hi = minimum(s.col_hi, width);

@@ -1,8 +1,8 @@
 // Scores of a warp's sixteen own rows against a tile of others, as every stream sees them.
 //
-// kTiles sums stand side by side, 8 kTiles columns. In them a lane has rows group and group + 8 and, of each sum, columns
-// 2 member and 2 member + 1; the displacement of row r from column c is r - c, so a lane meets kTiles + 1 diagonals of
-// blocks, twice.
+// kTiles sums stand side by side, 8 kTiles columns. In them a lane has rows group and group + 8 and, of each sum,
+// columns 2 member and 2 member + 1; the displacement of row r from column c is r - c, so a lane meets kTiles + 1
+// diagonals of blocks, twice.
 #pragma once
 
 #include "operands.h"
@@ -132,8 +132,9 @@ TORUS_UNROLL
         const Lane<int> e = lane_index() + half * kWarpLanes;
         const Lane<int> column = (e - (kOtherRows - 1)) * schedule.sign() + at.first;
         const Lane<float> squared = load(row, cast<int64_t>(column), column >= 0 && column < columns, -1.0f);
-        values.store(e + k * Slice::kSize, select(squared >= 0.0f, squared * slope[k], kNegativeInfinity), e < Slice::kSize);
-        if constexpr (kSquared) values.store(e + (kStreams + k) * Slice::kSize, squared, e < Slice::kSize);
+        const Lane<bool> wanted = e < Slice::kSize;
+        values.store(e + k * Slice::kSize, select(squared >= 0.0f, squared * slope[k], kNegativeInfinity), wanted);
+        if constexpr (kSquared) values.store(e + (kStreams + k) * Slice::kSize, squared, wanted);
         visible = visible || (squared >= 0.0f && e < Slice::kSize - 1);
       }
       seen[k] = any(visible);
@@ -144,8 +145,9 @@ TORUS_UNROLL
   }
 };
 
-// Scores of pairs that do not exist, or that first_key hides, become -inf. A query sees keys from its oldest on: own rows
-// are queries and `of_others` the others' tokens, or, mirrored, own rows are keys and `of_others` the others' oldest keys.
+// Scores of pairs that do not exist, or that first_key hides, become -inf. A query sees keys from its oldest on:
+// own rows are queries and `of_others` the others' tokens, or, mirrored, own rows are keys and `of_others` the
+// others' oldest keys.
 template <bool kMirrored, int kTiles>
 TORUS_DEVICE void hide(Sum (&scores)[kTiles], const Lane<int> (&of_own)[2], const Shared<int>& of_others, int row0) {
 TORUS_UNROLL
@@ -164,8 +166,8 @@ TORUS_UNROLL
 // Adds rows of float32 sums [16, D] up in a workspace of [T, head_dim], or, where they are complete, hands them on:
 // finish(half, token, column, where, low, high) of two neighbouring columns.
 template <int D, class Finish>
-TORUS_DEVICE void add_rows(const Operands& in, float* workspace, const Lane<int> (&token)[2], const Sum (&sums)[D / kColumns],
-                           Finish finish) {
+TORUS_DEVICE void add_rows(const Operands& in, float* workspace, const Lane<int> (&token)[2],
+                           const Sum (&sums)[D / kColumns], Finish finish) {
   struct alignas(8) Pair {
     float low, high;
   };

@@ -24,7 +24,8 @@ struct TableKernel {
     const auto squared = [&](int64_t i) {
       if (i >= size * a.schedule.num_streams) return 0.0f;
       const int stream = a.schedule.stream[i / size];
-      return static_cast<float>(squared_distance(a.lattice, a.seq_len, a.schedule, stream, i % size / columns, i % columns));
+      const int64_t row = i % size / columns, column = i % columns;
+      return static_cast<float>(squared_distance(a.lattice, a.seq_len, a.schedule, stream, row, column));
     };
     store(a.table, at, map(squared, at), at < size * a.schedule.num_streams);
   }

@@ -21,13 +21,14 @@ struct Index3 {
 
 class HostBlock {
  public:
-  HostBlock(Index3 index, int warps, int shared_bytes)
-      : index(index), shared(shared_bytes), fibers_(warps) {
-    for (Fiber& fiber : fibers_) fiber.stack = std::make_unique<char[]>(kStackBytes);
+  HostBlock(int warps, int shared_bytes) : shared(shared_bytes), fibers_(warps) {
+    for (Fiber& fiber : fibers_) fiber.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
   }
 
-  // Runs body(warp) for every warp to its end.
-  void run(const std::function<void(int)>& body) {
+  // Runs body(warp) for every warp to its end, as the block at `where` of the grid; shared memory is unwritten.
+  void run(Index3 where, const std::function<void(int)>& body) {
+    index = where;
+    shared.clear();
     body_ = &body;
     for (int w = 0; w < warps(); ++w) start(w);
     while (true) {
@@ -73,7 +74,7 @@ class HostBlock {
     fiber.copies = std::move(left);
   }
 
-  const Index3 index;
+  Index3 index{};
   SharedMemory shared;
 
  private:
@@ -96,6 +97,7 @@ class HostBlock {
 
   void start(int w) {
     Fiber& fiber = fibers_[w];
+    fiber.finished = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -109,10 +111,11 @@ class HostBlock {
     const int warp = block.current_;
     try {
       (*block.body_)(warp);
-      if (!block.fibers_[warp].copies.empty()) throw std::runtime_error("a warp ends before its cp.async are waited for");
+      if (!block.fibers_[warp].copies.empty())
+        throw std::runtime_error("a warp ends before its cp.async are waited for");
     } catch (const Abandoned&) {
     } catch (...) {
-      block.failure_ = std::current_exception();
+      if (block.failure_ == nullptr) block.failure_ = std::current_exception();
     }
     block.fibers_[warp].finished = true;
   }

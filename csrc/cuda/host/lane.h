@@ -90,8 +90,8 @@ Lane<T> shuffle_xor(const Lane<T>& x, int mask) {
 }
 
 template <class T>
-Lane<T> shuffle(const Lane<T>& x, int source) {
-  return Lane<T>(x[source]);
+Lane<T> shuffle(const Lane<T>& x, const Lane<int>& source) {
+  return map([&x](int lane) { return x[lane]; }, source);
 }
 
 inline bool any(const Lane<bool>& condition) {

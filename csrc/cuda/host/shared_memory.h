@@ -1,8 +1,10 @@
-// The shared memory of an emulated block, which knows of every word who wrote and who read it last. A lane may use what
-// another lane did only when a barrier (of the block, or of the warp between lanes of one warp) lies in between; what it
-// may not is a std::runtime_error, as is memory that is out of bounds, was never written or is still being copied to.
+// The shared memory of an emulated block, which knows of every word who wrote and who read it last. A lane may use
+// what another lane did only when a barrier (of the block, or of the warp between lanes of one warp) lies in
+// between. What it may not use is a std::runtime_error, as is memory that is out of bounds, was never written or is
+// being copied to.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -31,6 +33,9 @@ class SharedMemory {
   static constexpr int kWordBytes = 4;
 
   explicit SharedMemory(int bytes) : bytes_(bytes), words_((bytes + kWordBytes - 1) / kWordBytes) {}
+
+  // As a block finds it.
+  void clear() { std::fill(words_.begin(), words_.end(), Word{}); }
 
   void read(int offset, int size, void* to, const Actor& reader) {
     check_bounds(offset, size, "read");

@@ -1,0 +1,119 @@
+// Whom the CUDA kernels' schedule makes meet, against the lattice: over all blocks, tiles and rows, every visible pair
+// of a stream is met exactly once, with its distance, and nothing else is; by queries and, mirrored, by keys.
+//
+// Prints the number of pairs checked; the first difference ends the program with status 1.
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <utility>
+
+#include "cuda/schedule.h"
+
+namespace torus::cuda {
+namespace {
+
+using Pairs = std::map<std::pair<int64_t, int64_t>, double>;  // (query, key) and squared distance
+
+[[noreturn]] void fail(const Lattice& lattice, int64_t seq_len, int stream, const char* what) {
+  std::printf("topology %d, %d x %d, winding %d, T %d, stream %d: %s\n", static_cast<int>(lattice.topology),
+              static_cast<int>(lattice.n_major), static_cast<int>(lattice.n_minor), static_cast<int>(lattice.winding),
+              static_cast<int>(seq_len), stream, what);
+  std::exit(1);
+}
+
+Pairs visible_on_lines(const LineFamily& lines, int stream) {
+  Pairs pairs;
+  for (int64_t line = 0; line < lines.num_lines; ++line)
+    for (int64_t i = 0; i < lines.length(line); ++i)
+      for (int64_t j = 0; j < lines.length(line); ++j)
+        if (lines.visible(stream, i - j))
+          pairs[{lines.token(line, i), lines.token(line, j)}] = lines.rho_squared(i - j);
+  return pairs;
+}
+
+Pairs visible_across(const CrossWindow& window, int64_t seq_len, int stream) {
+  const Lattice& lattice = window.lattice;
+  const int64_t M = lattice.n_major, m = lattice.n_minor;
+  Pairs pairs;
+  for (int64_t t = 0; t < seq_len; ++t)
+    for (int64_t a = window.a_lo; a <= window.a_hi; ++a)
+      for (int64_t b = window.b_lo; b <= window.b_hi; ++b) {
+        if (!window.visible(stream, a, b)) continue;
+        const int64_t u = t / m - a, v = t % m - b;
+        const int64_t key = lattice.causal() ? t - a * m - b : floor_mod(u, M) * m + floor_mod(v, m);
+        if (key < 0 || key >= seq_len || (lattice.topology == kCylinder && (u < 0 || u >= M))) continue;
+        pairs[{t, key}] = window.rho_squared(stream, a, b);
+      }
+  return pairs;
+}
+
+Pairs met(const Lattice& lattice, int64_t seq_len, const Schedule& s, int stream) {
+  Pairs pairs;
+  for (int block = 0; block < s.num_blocks; ++block) {
+    const OwnPlace own = s.own(block);
+    OtherWalk walk(s, own);
+    OtherPlace other{};
+    while (walk.next(other)) {
+      for (int warp = 0; warp < s.warps; ++warp) {
+        const TablePlace at = s.table_place(own, warp, other);
+        if (!s.meets(at, other)) continue;
+        for (int r = 0; r < kOwnRows; ++r)
+          for (int c = 0; c < other.count; ++c) {
+            const int column = at.first + s.sign() * (r - c);
+            if (column < 0 || column >= s.table_columns()) continue;
+            const double squared = squared_distance(lattice, seq_len, s, stream, at.row, column);
+            const int mine = s.own_token(own, s.own_track(own, warp), s.own_position(own, warp) + r);
+            const int theirs = s.token(own, other.track, other.position + c);
+            if (squared < 0 || mine == kNoToken || theirs == kNoToken) continue;
+            const std::pair<int64_t, int64_t> pair(s.mirrored ? theirs : mine, s.mirrored ? mine : theirs);
+            if (!pairs.emplace(pair, squared).second) fail(lattice, seq_len, stream, "a pair is met twice");
+          }
+      }
+    }
+  }
+  return pairs;
+}
+
+int64_t check(const Lattice& lattice, int64_t seq_len) {
+  int64_t count = 0;
+  const auto compare = [&](const Schedule& s, int stream, const Pairs& expected) {
+    if (met(lattice, seq_len, s, stream) != expected)
+      fail(lattice, seq_len, stream,
+           s.mirrored ? "keys meet other queries than see them" : "queries meet other keys than they see");
+    count += static_cast<int64_t>(expected.size());
+  };
+  for (const bool mirrored : {false, true}) {
+    for (int f = 0; f < kNumFamilies; ++f) {
+      const LineFamily lines = line_family(lattice, static_cast<Family>(f), seq_len);
+      const Schedule s = line_schedule(lattice, static_cast<Family>(f), seq_len, mirrored);
+      for (int k = 0; k < s.num_streams; ++k) compare(s, s.stream[k], visible_on_lines(lines, s.stream[k]));
+    }
+    const Schedule s = cross_schedule(lattice, seq_len, mirrored);
+    for (int k = 0; k < s.num_streams; ++k)
+      compare(s, s.stream[k], visible_across(cross_window(lattice, seq_len), seq_len, s.stream[k]));
+  }
+  return count;
+}
+
+}  // namespace
+}  // namespace torus::cuda
+
+int main() {
+  using namespace torus;
+  constexpr int64_t kAll = 0xff;
+  int64_t count = 0;
+  // Lines longer than a block and than a tile, lattices narrower than a warp's rows, windows wider than the lattice.
+  count += cuda::check({kPeriodic, 8, 6, 3, 3, 7, kAll}, 48);
+  count += cuda::check({kPeriodic, 70, 5, 1, 2, 4, kAll}, 350);
+  count += cuda::check({kPeriodic, 5, 40, 8, 3, 20, kAll}, 200);
+  count += cuda::check({kPeriodic, 2, 2, 1, 3, 7, kAll}, 4);
+  count += cuda::check({kPeriodic, 20, 18, 9, 0, 3, 0b10100110}, 360);
+  count += cuda::check({kCylinder, 19, 17, 2, 3, 7, kAll}, 323);
+  count += cuda::check({kCylinder, 3, 33, 1, 7, 2, kAll}, 99);
+  for (const int64_t seq_len : {1, 7, 50, 333}) count += cuda::check({kCausal, 9, 7, 2, 3, 7, kAll}, seq_len);
+  count += cuda::check({kCausal, 3, 90, 1, 3, 50, kAll}, 400);
+  count += cuda::check({kCausal, 1000000007, 5, 3, 1, 2, kAll}, 120);
+  count += cuda::check({kCausal, 4, 1000000007, 3, 1, 2, 0b01111101}, 40);
+  std::printf("%lld\n", static_cast<long long>(count));
+  return 0;
+}
