@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from torus_model.coherence import MEASURES
 from torus_model.coherence_tracking import CoherencePoint
 
 from . import environment
-from .report import ReportError, compact
+from .report import compact, reading
 from .tables import Grid
 
 KIND, FORMAT = "coherence", 1
@@ -96,18 +95,13 @@ class CoherenceReport:
             ReportError: the file does not hold one.
             OSError: the file cannot be read.
         """
-        try:
-            fields = json.loads(path.read_text())
-            if (fields.pop("kind"), fields.pop("format")) != (KIND, FORMAT):
-                raise ReportError(f"{path} is not a report of coherence of format {FORMAT}")
+        with reading(path, KIND, FORMAT) as fields:
             sequences = ("steps", "bits_per_byte", "coherence")
             trained = [Trained(**entry | {name: tuple(entry[name]) for name in sequences})
                        for entry in fields.pop("trained")]
             for run in trained:
                 run.points()  # whose fields must be right, too
             return cls(**fields, trained=trained)
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ReportError(f"{path} does not hold a report of coherence: {error!r}") from error
 
 
 def _rounded(value: Any) -> Any:

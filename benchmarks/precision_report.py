@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from . import environment
-from .report import ReportError, compact
+from .report import compact, reading
 from .tables import Grid
 
 KIND, FORMAT = "precision", 1
@@ -118,16 +117,11 @@ class PrecisionReport:
             ReportError: the file does not hold one.
             OSError: the file cannot be read.
         """
-        try:
-            fields = json.loads(path.read_text())
-            if (fields.pop("kind"), fields.pop("format")) != (KIND, FORMAT):
-                raise ReportError(f"{path} is not a report of precision of format {FORMAT}")
+        with reading(path, KIND, FORMAT) as fields:
             of_seeds = ("largest", "rms", "share")
             errors = [Errors(**entry | {name: tuple(entry[name]) for name in of_seeds})
                       for entry in fields.pop("errors")]
             return cls(**fields, errors=errors)
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ReportError(f"{path} does not hold a report of precision: {error!r}") from error
 
 
 def _errors(curve: Sequence[Errors]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,23 @@ class Report:
             )
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
             raise ReportError(f"{path} does not hold a benchmark report: {error!r}") from error
+
+
+@contextlib.contextmanager
+def reading(path: Path, kind: str, version: int) -> Iterator[dict[str, Any]]:
+    """Yields the fields of a report in JSON, without its kind and format.
+
+    Raises:
+        ReportError: the file holds no such report, or the body finds a field missing or wrong.
+        OSError: the file cannot be read.
+    """
+    try:
+        fields = json.loads(path.read_text())
+        if (fields.pop("kind"), fields.pop("format")) != (kind, version):
+            raise ReportError(f"{path} is not a report of {kind} of format {version}")
+        yield fields
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ReportError(f"{path} does not hold a report of {kind}: {error!r}") from error
 
 
 def compact(fields: dict[str, Any]) -> str:

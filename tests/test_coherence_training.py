@@ -114,7 +114,12 @@ def test_adaptive_alpha_follows_earlier_steps_alone(plain, adaptive):
     first, *_, last = adaptive.history.coherence
     wanted = [alpha_factor(s, c) for s, c in zip(first.score, first.cohesion, strict=True)]
     assert first.alpha_factor == pytest.approx(wanted[1:]), "the first layer compounds nothing"
-    assert all(0.5 <= factor < 1 for factor in last.alpha_factor)
+    score, cohesion = first.score[1], first.cohesion[1]
+    for point in adaptive.history.coherence[1:]:
+        score += tracking.RATE * (point.score[1] - score)
+        cohesion += tracking.RATE * (point.cohesion[1] - cohesion)
+    assert last.alpha_factor == pytest.approx([alpha_factor(score, cohesion)]), "the averages, not the last values"
+    assert 0.5 <= last.alpha_factor[0] < 1
     factors = [block.attention.alpha_factor for block in adaptive.model.blocks]
     assert factors[0] is None
     assert [f.item() for f in factors[1:]] == pytest.approx(last.alpha_factor)
