@@ -55,20 +55,20 @@ def visible_keys(lattice: TorusLattice, seq_len: int, first_key: Tensor | None =
     device = None if first_key is None else first_key.device
     if lattice.is_causal:
         lags = torch.arange(min(seq_len, lattice.num_sites), device=device)
-        visible = _by_stream(lattice, lambda stream: lattice.lag_geometry(stream, lags)[0])  # [lags, 9]
+        visible = _by_stream(lattice, lambda stream: lattice.lag_geometry(stream, lags)[0])  # [lags, 8 + 1]
         t = torch.arange(seq_len, device=device)[None]  # [1, T]
         furthest = t if first_key is None else t - first_key.clamp(min=0).minimum(t)  # [B, T]
-        counts = visible.cumsum(0)[furthest.clamp(max=len(lags) - 1)]  # [B, T, 9]
+        counts = visible.cumsum(0)[furthest.clamp(max=len(lags) - 1)]  # [B, T, 8 + 1]
     else:
         rows, columns = torch.arange(lattice.n_major), torch.arange(lattice.n_minor)
         a = (rows[:, None] - rows)[:, :, None]  # [M, M, 1]
         visible = _by_stream(lattice, lambda stream: lattice.displacement_geometry(stream, a, columns)[0])
-        counts = visible.sum((1, 2)).repeat_interleave(lattice.n_minor, 0)[None]  # [1, T, 9]
+        counts = visible.sum((1, 2)).repeat_interleave(lattice.n_minor, 0)[None]  # [1, T, 8 + 1]
     return VisibleKeys(counts[..., :-1], counts[..., -1])
 
 
 def _by_stream(lattice: TorusLattice, visible: Callable[[Stream], Tensor]) -> Tensor:
-    """``[..., 9]`` int64: what each stream sees, nothing where it is left out, and what any of them sees."""
+    """``[..., 8 + 1]`` int64: what each stream sees, nothing where it is left out, and what any of them sees."""
     streams = {stream: visible(stream) for stream in sorted(lattice.streams)}
     nothing = torch.zeros_like(next(iter(streams.values())))
     columns = [streams.get(stream, nothing) for stream in Stream]
@@ -138,13 +138,13 @@ def measure(entropy: Tensor, stream_weights: Tensor, visible: VisibleKeys) -> Co
     entropy = entropy.double()
     weights = stream_weights.detach().double()
     weights = weights if weights.dim() == 4 else weights[:, None]  # [B, H, T, 8] or [H, 1, 8]
-    keys = visible.streams[:, None].double()  # [B, 1, T, 8]
+    keys = visible.streams[:, None].to(entropy)  # [B, 1, T, 8]
     choice = keys > 1
     evenness = (entropy / keys.clamp(min=2).log()).clamp(0, 1) * choice  # [B, H, T, 8]
     taken_in = ((entropy.exp() - 1) / (keys - 1).clamp(min=1)).clamp(0, 1)
 
     counted = weights.expand_as(entropy) * choice
-    together = visible.together[:, None].double()  # [B, 1, T]
+    together = visible.together[:, None].to(entropy)  # [B, 1, T]
     joint = (weights * entropy).sum(-1) + torch.special.entr(weights).sum(-1)  # [B, H, T]
     concentration = 1 - (joint / together.clamp(min=2).log()).clamp(0, 1)
 

@@ -212,7 +212,8 @@ class TorusLM(nn.Module):
             first_key: ``[B, T]``, as in `torus_attention`: a token sees nothing before this position.
             offset: position of the first token in its text; with a cache that counts, it is not looked at.
             cache: keeps the keys and values of the tokens, as in `TorusAttention`.
-            on_stats: called by every layer in turn, as in `TorusAttention`; without a cache.
+            on_stats: called by every layer in turn, as in `TorusAttention`; without a cache. Under activation
+                checkpointing it is called again in the backward pass.
 
         Returns:
             ``[B, T, vocab_size]``.
