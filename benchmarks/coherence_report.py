@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from .tables import Grid
 
 KIND, FORMAT = "coherence", 1
 
-BASELINE = "baseline"
+BASELINE, ADAPTIVE = "baseline", "adaptive alpha"
 
 OPTIONS: dict[str, dict[str, Any]] = {
     BASELINE: {},
-    "adaptive alpha": {"adaptive_alpha": True},
+    ADAPTIVE: {"adaptive_alpha": True},
     "momentum": {"ema_momentum": True},
     "3 time constants": {"ema_scales": 3},
     "sinusoids": {"sinusoidal_positions": True},
@@ -112,10 +112,16 @@ def _rounded(value: Any) -> Any:
     return [_rounded(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
+def _beside_baseline(report: CoherenceReport, option: str) -> list[list[float]]:
+    """Bits per byte more than the baseline of the same seed at every validation, for each seed that has one."""
+    baseline = {run.seed: run.bits_per_byte for run in report.runs(BASELINE)}
+    return [[ours - other for ours, other in zip(run.bits_per_byte, baseline[run.seed], strict=True)]
+            for run in report.runs(option) if run.seed in baseline]
+
+
 def _differences(report: CoherenceReport, option: str) -> str:
-    """Bits per byte more than the baseline of the same seed: the mean, and the range over the seeds."""
-    baseline = {run.seed: run.bits_per_byte[-1] for run in report.runs(BASELINE)}
-    found = [run.bits_per_byte[-1] - baseline[run.seed] for run in report.runs(option) if run.seed in baseline]
+    """At the last validation: the mean, and the range over the seeds."""
+    found = [differences[-1] for differences in _beside_baseline(report, option)]
     if option == BASELINE or not found:
         return "-"
     return f"{statistics.fmean(found):+.3f} ({min(found):+.3f} to {max(found):+.3f})"
@@ -150,29 +156,31 @@ def markdown(report: CoherenceReport) -> str:
 
 
 def write_plot(report: CoherenceReport, path: Path) -> None:
-    """Bits per byte and the measures over training, a line for each option, as a PNG."""
+    """Bits per byte beside the baseline and the measures over training, a line for each option, as a PNG."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     panels = figure.subplots(2, 3)
-    _draw(panels[0, 0], report, lambda run: (run.steps, run.bits_per_byte))
-    panels[0, 0].set(title="bits per byte of the validation", xlabel="step")
+    for place, option in enumerate(report.options):
+        runs = report.runs(option)
+        if found := _beside_baseline(report, option):
+            _draw(panels[0, 0], runs[0].steps, found, place, option)
+        for axes, name in zip(panels.flat[1:], MEASURES, strict=True):
+            _draw(axes, [point.step for point in runs[0].points()],
+                  [[point.mean(name) for point in run.points()] for run in runs], place, option)
+    panels[0, 0].set(title="validation beside the baseline", ylabel="bits per byte more", xlabel="step")
     for axes, name in zip(panels.flat[1:], MEASURES, strict=True):
-        _draw(axes, report, lambda run, name=name: (
-            [point.step for point in run.points()], [point.mean(name) for point in run.points()]))
         axes.set(title=f"{name}, mean over layers", xlabel="step", ylim=(0, 1))
-    panels[0, 0].legend(fontsize=8)
+    panels[0, 1].legend(fontsize=8)
     figure.suptitle(environment.describe(report.machine), fontsize=7, wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
 def _draw(
-    axes: Axes, report: CoherenceReport, curve: Callable[[Trained], tuple[Sequence[float], Sequence[float]]]
+    axes: Axes, steps: Sequence[int], curves: Sequence[Sequence[float]], place: int, option: str
 ) -> None:
-    """Means over the seeds, and their range."""
-    for place, option in enumerate(report.options):
-        curves = [curve(run) for run in report.runs(option)]
-        steps, values = curves[0][0], list(zip(*(y for _, y in curves), strict=True))
-        lowest, highest = [min(y) for y in values], [max(y) for y in values]
-        axes.plot(steps, [statistics.fmean(y) for y in values], color=f"C{place}", lw=1.4, label=option)
-        axes.fill_between(steps, lowest, highest, color=f"C{place}", alpha=0.15, lw=0)
+    """The mean over the seeds, and their range."""
+    values = list(zip(*curves, strict=True))
+    lowest, highest = [min(y) for y in values], [max(y) for y in values]
+    axes.plot(steps, [statistics.fmean(y) for y in values], color=f"C{place}", lw=1.4, label=option)
+    axes.fill_between(steps, lowest, highest, color=f"C{place}", alpha=0.15, lw=0)
     axes.grid(alpha=0.3)

@@ -56,7 +56,8 @@ def test_runs_make_a_report_that_survives_its_file(config, tmp_path, capsys):
     options = [BASELINE, "sinusoids"]
     text = printed(lambda console: coherence.run(config, options, seeds=2, output=path, console=console), width=200)
     assert "sinusoids, seed 1" in text and f"Written: {path}" in text
-    assert path.with_suffix(".png").stat().st_size > 10_000
+    for plot in (path.with_suffix(".png"), path.with_name("report-layers.png")):
+        assert plot.stat().st_size > 10_000
     report = CoherenceReport.load(path)
     assert [(run.option, run.seed) for run in report.trained] == [(o, s) for s in (0, 1) for o in options]
     for run in report.trained:
