@@ -19,8 +19,8 @@ from torus_model.files import replacing
 from torus_model.lm import ModelConfig
 
 from . import arguments, environment, language_plots
-from .language_report import ABLATIONS, BUDGETS, FIRST, KIND, LABELS, OURS, LanguageReport, grid
-from .language_runs import DENSE, Runs, Trained, Training
+from .language_report import ABLATIONS, BUDGETS, KIND, LABELS, OURS, LanguageReport, grid
+from .language_runs import DENSE, FIRST, Runs, Trained, Training
 from .progress import Say, silent, steps
 from .report import ReportError
 from .timing import Timing, time_side_by_side
@@ -82,9 +82,11 @@ def add_parser(commands) -> None:
                             help="of the models (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=default.training.batch_size, metavar="N",
                         help="windows per step (default: %(default)s)")
-    for flag, of in (("learning_rate", "the torus"), ("dense_learning_rate", "dense attention")):
-        parser.add_argument(f"--{flag.replace('_', '-')}", type=float, default=getattr(default.training, flag),
-                            metavar="RATE", help=f"peak of the schedule of {of} (default: %(default)s)")
+    rates = default.training.other_learning_rates
+    for flag, of, rate in (("--learning-rate", "the torus", default.training.learning_rate),
+                           ("--dense-learning-rate", LABELS[DENSE], rates[DENSE])):
+        parser.add_argument(flag, type=float, default=rate, metavar="RATE",
+                            help=f"peak of the schedule of {of} (default: %(default)s)")
     parser.add_argument("--device", default=default.training.device, help="where to train (default: %(default)s)")
     parser.add_argument("--retime", action="store_true",
                         help="time training steps anew, although --runs holds their times; a dense run on the budget "
@@ -104,7 +106,8 @@ def settings_of(given: argparse.Namespace) -> Settings:
         raise ValueError(f"--networks must hold {OURS}, whose seconds are the budget of the others")
     training = dataclasses.replace(
         Training(), batch_size=given.batch_size, learning_rate=given.learning_rate,
-        dense_learning_rate=given.dense_learning_rate, data=given.data, device=check_device(given.device),
+        other_learning_rates=Training().other_learning_rates | {DENSE: given.dense_learning_rate}, data=given.data,
+        device=check_device(given.device),
     )
     model = dataclasses.replace(Settings().model, width=given.width, layers=given.layers, heads=given.heads)
     networks = tuple(name for name in LABELS if name in given.networks)

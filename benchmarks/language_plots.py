@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import environment
-from .language_report import ABLATIONS, FIRST, LABELS, OURS, LanguageReport
-from .language_runs import DENSE, Trained
+from .language_report import ABLATIONS, LABELS, OURS, LanguageReport
+from .language_runs import DENSE, FIRST, Trained
 
 _COLOURS = {OURS: "C0", DENSE: "C3", FIRST: "0.6"}
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from . import environment
-from .language_runs import DENSE, Trained
+from .language_runs import DENSE, FIRST, Trained
 from .report import ReportError
 from .tables import Grid
 from .timing import Timing
 
 KIND, FORMAT = "language-comparison", 1
 
-OURS, FIRST = "torus", "first"
+OURS = "torus"
 
 BUDGETS = ("tokens", "seconds")
 """What two runs may have as much of."""
@@ -172,14 +172,15 @@ def describe(report: LanguageReport) -> str:
     training = report.training
     seeds = len({trained.seed for trained in report.trained})
     ours = next(model for model in report.models if model["network"] == OURS)
+    rates = "".join(f" ({LABELS[network]}: {rate:g})" for network, rate in training["other_learning_rates"].items()
+                    if any(trained.network == network for trained in report.trained))
     lattices = ", ".join(f"{m['n_major']}x{m['n_minor']}" for m in report.models if m["network"] == OURS)
     return (
         f"Bytes of {report.text['files']} files, {report.text['bytes'] / 1e6:.1f} MB; {report.tokens:,} tokens in "
         f"windows of the context, {training['batch_size']} to the step, AdamW with a peak learning rate of "
-        f"{training['learning_rate']:g}, for dense attention {training['dense_learning_rate']:g}; width "
-        f"{ours['width']}, {ours['layers']} layers, {ours['heads']} heads; lattices {lattices}. Tested on "
-        f"{training['test_tokens']:,} tokens after the last step. {seeds} seed{'s' * (seeds > 1)}: means, in "
-        "parentheses smallest and largest. Equal seconds: steps times the median step, in rounds that run every "
+        f"{training['learning_rate']:g}{rates}; width {ours['width']}, {ours['layers']} layers, {ours['heads']} heads; "
+        f"lattices {lattices}. Tested on {training['test_tokens']:,} tokens after the last step. Seeds: {seeds}; "
+        "means, in parentheses smallest and largest. Equal seconds: steps times the median step, in rounds that run every "
         "network of the context once, are those of the torus; the learning rate ends with the steps. Validations are "
         f"not counted. {environment.describe(report.machine)}."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from .progress import Say
 DENSE = "dense"
 """The network that is a `DenseLM`; all others are `TorusLM` s."""
 
+FIRST = "first"
+"""The torus with the defaults of `ModelConfig`."""
+
 SAME_SECONDS = 0.05
 """Relative difference up to which two numbers of steps stand for the same seconds: what a timing is good for."""
 
@@ -37,7 +40,8 @@ class Training:
 
     Attributes:
         batch_size: windows per step.
-        learning_rate, dense_learning_rate: of the torus and of dense attention: for each the best of a few.
+        learning_rate: peak of the schedule of the torus, and of the torus with parts left out.
+        other_learning_rates: those of other networks. Each is the best of a few, by ``torus_model/NOTES.md``.
         warmup, final_learning_rate, weight_decay, clip: as in `torus_model.train.TrainConfig`.
         validations: points of a validation curve.
         validation_tokens: scored at every point, in windows spread evenly over the validation part.
@@ -49,7 +53,7 @@ class Training:
 
     batch_size: int = 1
     learning_rate: float = 4.5e-3
-    dense_learning_rate: float = 6e-3
+    other_learning_rates: dict[str, float] = field(default_factory=lambda: {DENSE: 6e-3, FIRST: 3e-3})
     warmup: float = 0.05
     final_learning_rate: float = 0.05
     weight_decay: float = 0.1
@@ -122,12 +126,12 @@ class Runs:
     def about(self, network: str, config: ModelConfig) -> dict[str, Any]:
         """What a run must have in common with another one to stand for it, its steps aside."""
         training = dataclasses.asdict(self.settings)
-        del training["dense_learning_rate"]
+        del training["other_learning_rates"]
         return {"training": training | {"learning_rate": self._learning_rate(network)}, "model": config.to_dict(),
                 "text": self.corpus.fingerprint}
 
     def _learning_rate(self, network: str) -> float:
-        return self.settings.dense_learning_rate if network == DENSE else self.settings.learning_rate
+        return self.settings.other_learning_rates.get(network, self.settings.learning_rate)
 
     def steps_of(self, network: str, config: ModelConfig, context: int, seed: int, steps: int) -> Iterator[float]:
         """Makes a training step whenever its loss is asked for."""

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from benchmarks import __main__, language, language_runs
 from benchmarks.language import Comparison, Planned, Settings, settings_of
-from benchmarks.language_report import ABLATIONS, FIRST, LABELS, OURS, LanguageReport, verdicts
-from benchmarks.language_runs import DENSE, Trained, Training
+from benchmarks.language_report import ABLATIONS, LABELS, OURS, LanguageReport, verdicts
+from benchmarks.language_runs import DENSE, FIRST, Trained, Training
 from benchmarks.report import ReportError
 from benchmarks.show import markdown_of
 from benchmarks.timing import Timing
@@ -120,7 +120,7 @@ def test_times_are_measured_anew_on_request_and_runs_of_about_as_many_steps_kept
     assert runs._kept(file, about, "seconds", kept.steps) == kept
     assert runs._kept(file, about, "seconds", 2 * kept.steps) is None
     assert runs._kept(file, about | {"text": "other"}, "seconds", kept.steps) is None
-    for change, same in (({"learning_rate": 1.0}, True), ({"dense_learning_rate": 1.0}, False)):
+    for change, same in (({"learning_rate": 1.0}, True), ({"other_learning_rates": {DENSE: 1.0}}, False)):
         runs.settings = dataclasses.replace(TRAINING, **change)
         assert (runs._kept(file, runs.about(DENSE, config), "seconds", kept.steps) == kept) is same
 
