@@ -91,6 +91,8 @@ def add_parser(commands) -> None:
     parser.add_argument("--retime", action="store_true",
                         help="time training steps anew, although --runs holds their times; a dense run on the budget "
                              "of seconds is repeated only where its steps would change by more than 5 %%")
+    parser.add_argument("--complete-only", action="store_true",
+                        help="train nothing: report the runs that are complete in --runs")
     arguments.add_seconds(parser, 60.0)
     arguments.add_output(parser, KIND)
     parser.set_defaults(run=_run)
@@ -121,7 +123,8 @@ def _run(given: argparse.Namespace, console: Console) -> None:
     except (TypeError, ValueError) as error:
         raise ReportError(str(error)) from error
     environment.restart_with_warm_memory()
-    run(comparison, seconds=given.seconds, retime=given.retime, output=given.output, console=console)
+    run(comparison, seconds=given.seconds, retime=given.retime, complete_only=given.complete_only, output=given.output,
+        console=console)
 
 
 @dataclass(frozen=True)
@@ -217,10 +220,17 @@ class Comparison:
                 "timings": {name: dataclasses.asdict(timing) for name, timing in self.report.timings.items()},
             }))
 
+    def _arguments(self, run: Planned) -> tuple[str, ModelConfig, int, str, int, int]:
+        config = self.models[run.network, run.context]
+        return run.network, config, run.context, run.budget, run.seed, self.steps(run)
+
+    def is_complete(self, run: Planned) -> bool:
+        """Whether the folder of the runs holds the result."""
+        return self.runs.find(*self._arguments(run)) is not None
+
     def train(self, run: Planned, say: Say = silent) -> Trained:
         """The result of one run, which is added to the report."""
-        config = self.models[run.network, run.context]
-        trained = self.runs.train(run.network, config, run.context, run.budget, run.seed, self.steps(run), say)
+        trained = self.runs.train(*self._arguments(run), say)
         self.report.trained.append(trained)
         return trained
 
@@ -248,10 +258,13 @@ def first_model(sizes: ModelConfig, context: int) -> ModelConfig:
     return dataclasses.replace(ours, rotary=first.rotary, graded_heads=first.graded_heads, qk_gain=first.qk_gain)
 
 
-def run(comparison: Comparison, *, seconds: float, retime: bool, output: Path, console: Console) -> LanguageReport:
+def run(
+    comparison: Comparison, *, seconds: float, retime: bool, complete_only: bool, output: Path, console: Console
+) -> LanguageReport:
     """Times and trains every network, prints the table and writes ``output`` and plots beside it.
 
     Raises:
+        ReportError: of ``complete_only`` runs there is none.
         TrainingError: a loss is no longer finite.
         OSError: a file cannot be written.
     """
@@ -259,6 +272,10 @@ def run(comparison: Comparison, *, seconds: float, retime: bool, output: Path, c
     console.print(environment.describe(report.machine), highlight=False)
     with steps(console, 1 + len(planned)) as start:
         comparison.time_steps(seconds, start("Timing training steps"), retime=retime)
+        if complete_only:
+            planned = [each for each in planned if comparison.is_complete(each)]
+            if not planned:
+                raise ReportError(f"--runs holds no complete run with these settings: {comparison.runs.folder}")
         for each in planned:
             comparison.train(each, start(f"{LABELS[each.network]}, context {each.context}, equal {each.budget}, "
                                          f"seed {each.seed}"))

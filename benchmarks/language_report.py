@@ -180,9 +180,9 @@ def describe(report: LanguageReport) -> str:
         f"windows of the context, {training['batch_size']} to the step, AdamW with a peak learning rate of "
         f"{training['learning_rate']:g}{rates}; width {ours['width']}, {ours['layers']} layers, {ours['heads']} heads; "
         f"lattices {lattices}. Tested on {training['test_tokens']:,} tokens after the last step. Seeds: {seeds}; "
-        "means, in parentheses smallest and largest. Equal seconds: steps times the median step, in rounds that run every "
-        "network of the context once, are those of the torus; the learning rate ends with the steps. Validations are "
-        f"not counted. {environment.describe(report.machine)}."
+        "means, in parentheses smallest and largest. Equal seconds: steps times the median step, in rounds that run "
+        "every network of the context once, are those of the torus; the learning rate ends with the steps. Validations "
+        f"are not counted. {environment.describe(report.machine)}."
     )
 
 

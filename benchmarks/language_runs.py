@@ -180,9 +180,7 @@ class Runs:
             TrainingError: a loss is no longer finite.
             OSError: the result cannot be written.
         """
-        file = self.folder / f"{network}-{context}-{budget}-{seed}" / checkpoint.FILE_NAME
-        about = self.about(network, config)
-        if (found := self._kept(file, about, budget, steps)) is not None:
+        if (found := self.find(network, config, context, budget, seed, steps)) is not None:
             return found
         model = self._new_model(network, config, seed)
         _, validation, test = self.split(context)
@@ -197,15 +195,24 @@ class Runs:
                 say(f"step {done} of {steps}: {curve[-1][1]:.3f} bits per byte")
         trained = Trained(network, context, budget, seed, steps, number_of_parameters(model), tuple(curve),
                           self._bits(model, test, self.settings.test_tokens, context))
+        file = self._file(network, context, budget, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(file, checkpoint.model_tensors(model), {
-            "model_config": config.to_dict(), _ENTRY: about | {"trained": dataclasses.asdict(trained)},
+            "model_config": config.to_dict(),
+            _ENTRY: self.about(network, config) | {"trained": dataclasses.asdict(trained)},
         })
         return trained
 
-    def _kept(self, file: Path, about: dict[str, Any], budget: str, steps: int) -> Trained | None:
+    def _file(self, network: str, context: int, budget: str, seed: int) -> Path:
+        return self.folder / f"{network}-{context}-{budget}-{seed}" / checkpoint.FILE_NAME
+
+    def find(
+        self, network: str, config: ModelConfig, context: int, budget: str, seed: int, steps: int
+    ) -> Trained | None:
+        """The result of a run that is complete in the folder; None where it is not."""
+        about = self.about(network, config)
         try:
-            entry = checkpoint.load_metadata(file)[_ENTRY]
+            entry = checkpoint.load_metadata(self._file(network, context, budget, seed))[_ENTRY]
             trained = Trained.from_dict(entry.pop("trained"))
             same = entry["training"] == about["training"] and entry["text"] == about["text"] and (
                 ModelConfig.from_dict(entry["model"]) == ModelConfig.from_dict(about["model"])

@@ -22,10 +22,10 @@ TINY = Settings(ModelConfig(width=16, heads=2, layers=2), contexts=(16, 32), tok
                 seeds=(0, 1), networks=(OURS, DENSE, "loops"))
 
 
-def compare(folder, settings=TINY, *, retime=False):
+def compare(folder, settings=TINY, *, complete_only=False):
     comparison = Comparison(settings, folder / "runs")
-    return language.run(comparison, seconds=0.0, retime=retime, output=folder / "language.json",
-                        console=Console(quiet=True))
+    return language.run(comparison, seconds=0.0, retime=False, complete_only=complete_only,
+                        output=folder / "language.json", console=Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -110,19 +110,27 @@ def test_complete_runs_and_times_are_used_again(folder, report, monkeypatch):
 
 
 def test_times_are_measured_anew_on_request_and_runs_of_about_as_many_steps_kept(folder, report, tmp_path):
-    comparison = Comparison(TINY, folder / "runs")
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    comparison = Comparison(TINY, tmp_path / "runs")
     comparison.time_steps(0.0, language.silent, retime=True)
     assert comparison.report.timings != report.timings
     kept, *_ = report.runs(DENSE, 16, "seconds")
-    runs, config = comparison.runs, comparison.models[DENSE, 16]
-    file = runs.folder / f"dense-16-seconds-{kept.seed}" / "checkpoint.safetensors"
-    about = runs.about(DENSE, config)
-    assert runs._kept(file, about, "seconds", kept.steps) == kept
-    assert runs._kept(file, about, "seconds", 2 * kept.steps) is None
-    assert runs._kept(file, about | {"text": "other"}, "seconds", kept.steps) is None
+    runs, run = comparison.runs, (DENSE, comparison.models[DENSE, 16], 16, "seconds", kept.seed)
+    assert runs.find(*run, kept.steps) == kept
+    assert runs.find(*run, 2 * kept.steps) is None
     for change, same in (({"learning_rate": 1.0}, True), ({"other_learning_rates": {DENSE: 1.0}}, False)):
         runs.settings = dataclasses.replace(TRAINING, **change)
-        assert (runs._kept(file, runs.about(DENSE, config), "seconds", kept.steps) == kept) is same
+        assert (runs.find(*run, kept.steps) == kept) is same
+
+
+def test_complete_runs_alone_on_request(folder, report, tmp_path, monkeypatch):
+    monkeypatch.setattr(language_runs, "training_step", None)
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "torus-32-tokens-1")
+    found = compare(tmp_path, complete_only=True).trained
+    assert found == [t for t in report.trained if (t.network, t.context, t.seed) != (OURS, 32, 1)]
+    with pytest.raises(ReportError, match="no complete run"):
+        compare(tmp_path, dataclasses.replace(TINY, tokens=16 * 20), complete_only=True)
 
 
 def test_another_setting_is_another_run(folder, report, tmp_path):
