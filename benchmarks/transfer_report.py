@@ -151,14 +151,14 @@ def _draw_compression(axes: Axes, report: TransferReport) -> None:
             is_tuned = x.steps > 0
             axes.plot(x.bytes_after / 1e6, statistics.fmean(x.after), "s" if is_tuned else "o", ms=6,
                       color="C1" if is_tuned else "C0")
-            axes.annotate(x.variant, (x.bytes_after / 1e6, statistics.fmean(x.after)), (6, 3),
-                          textcoords="offset points", fontsize=6)
+            axes.annotate(x.variant, (x.bytes_after / 1e6, statistics.fmean(x.after)),
+                          (0, -12) if is_tuned else (0, 7), textcoords="offset points", fontsize=6, ha="center")
     base = next((x for x in report.outcomes if x.feature == COMPRESSION), None)
     if base is not None:
         axes.axhline(base.before, color="0.6", lw=0.8, ls="--")
         axes.axvline(base.bytes_before / 1e6, color="0.6", lw=0.8, ls="--")
     axes.set_xlabel("megabytes of weights in the file (dashed: the base model)")
-    axes.margins(x=0.25)
+    axes.margins(x=0.15, y=0.12)
 
 
 def write_plot(report: TransferReport, path: Path) -> None:

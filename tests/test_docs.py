@@ -26,9 +26,9 @@ RUN_ELSEWHERE = ("./run setup", "./run test", "./run demo", ".venv/bin/ruff chec
                  ".venv/bin/sphinx-build", ".venv/bin/python -m pytest")
 """Beginnings of commands that other tests, or continuous integration, run."""
 
+TINY_MODEL = "--width 32 --layers 2 --heads 2 --n-major 8 --n-minor 8 "
 TINY = {
-    "train": "--width 32 --layers 2 --heads 2 --n-major 8 --n-minor 8 --seq-len 64 --batch-size 2 --max-bytes 100000 "
-             "--validations 1 --validation-windows 2",
+    "train": TINY_MODEL + "--seq-len 64 --batch-size 2 --max-bytes 100000 --validations 1 --validation-windows 2",
     "tokenizer train": "--vocab-size 270",
     "evaluate": "--windows 2",
     "compress": "--windows 2",
@@ -53,8 +53,10 @@ def tiny(command: str) -> list[str]:
     for flag in {"--seconds", "--steps"} & set(arguments):
         value = arguments.index(flag) + 1
         arguments[value] = str(max(1, int(arguments[value]) // 100))
-    resumes = "--resume" in arguments  # such a run keeps its settings
-    return [sys.executable, *arguments, *([] if resumes else shlex.split(TINY[subcommand]))]
+    tiny = "" if "--resume" in arguments else TINY[subcommand]  # a run that resumes keeps its settings
+    if "--from" in arguments:  # this one its model
+        tiny = tiny.removeprefix(TINY_MODEL)
+    return [sys.executable, *arguments, *shlex.split(tiny)]
 
 
 def run_command(command: str, folder: Path) -> None:
