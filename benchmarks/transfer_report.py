@@ -151,8 +151,8 @@ def _draw_compression(axes: Axes, report: TransferReport) -> None:
             is_tuned = x.steps > 0
             axes.plot(x.bytes_after / 1e6, statistics.fmean(x.after), "s" if is_tuned else "o", ms=6,
                       color="C1" if is_tuned else "C0")
-            axes.annotate(x.variant, (x.bytes_after / 1e6, statistics.fmean(x.after)),
-                          (0, -12) if is_tuned else (0, 7), textcoords="offset points", fontsize=6, ha="center")
+            axes.annotate(x.variant.replace(", trained on", ""), (x.bytes_after / 1e6, statistics.fmean(x.after)),
+                          (0, 7) if is_tuned else (0, -12), textcoords="offset points", fontsize=6, ha="center")
     base = next((x for x in report.outcomes if x.feature == COMPRESSION), None)
     if base is not None:
         axes.axhline(base.before, color="0.6", lw=0.8, ls="--")
@@ -167,6 +167,8 @@ def write_plot(report: TransferReport, path: Path) -> None:
     tuning, distilled, compressed, experts = figure.subplots(2, 2).flat
     _draw_curves(tuning, report, TUNING, "bits")
     _draw_curves(distilled, report, DISTILLATION, "bits")
+    for axes, feature in ((tuning, TUNING), (distilled, DISTILLATION)):  # random weights begin far above
+        axes.set_ylim(top=1.02 * max(curve.bits[1] for curve in report.curves if curve.feature == feature))
     _draw_compression(compressed, report)
     _draw_curves(experts, report, EXPERTS, "load")
     experts.axhline(1 / report.experts, color="0.6", lw=0.8, ls="--")
