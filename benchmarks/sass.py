@@ -273,20 +273,25 @@ def device_properties(capability: int) -> SimpleNamespace:
 def _pretended_device(capability: int) -> Iterator[None]:
     from triton.runtime.driver import driver
 
-    from torus_kernels.backends.triton.launching import l2_bytes
+    from torus_kernels.backends.triton import backward, forward, launching
 
+    # They may know the tensors' device under another capability.
+    remembered = (launching.capability, launching.l2_bytes, forward.launch._plan, backward.launch._plan)
     before = driver._active
     driver.set_active(_Offline(capability))
-    l2_bytes.cache_clear()  # it may know the tensors' device under another capability
+    for function in remembered:
+        function.cache_clear()
     try:
         with (
             mock.patch("torch.cuda.get_device_properties", lambda device=None: device_properties(capability)),
+            mock.patch("torch.cuda.get_device_capability", lambda device=None: divmod(capability, 10)),
             mock.patch("torch.cuda.current_device", lambda: 0),
         ):
             yield
     finally:
         driver._active = before
-        l2_bytes.cache_clear()
+        for function in remembered:
+            function.cache_clear()
 
 
 def compile_launches(function: Callable[[], object], capability: int) -> list[Code]:

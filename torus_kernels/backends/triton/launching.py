@@ -14,6 +14,12 @@ from .primitives.lattice import cross_window
 
 
 @functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of the tensors' device; for tensors on the CPU, under the interpreter, an early one."""
+    return (8, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+
+
+@functools.cache
 def l2_bytes(device: torch.device) -> int:
     """Size of the device's L2 cache; a guess for tensors on the CPU, under the interpreter."""
     return 1 << 25 if device.type == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size

@@ -78,7 +78,6 @@ _LINES = {
 }
 
 
-@functools.lru_cache(maxsize=256)
 def line_launches(lattice: TorusLattice, seq_len: int, head_dim: int, dtype: torch.dtype) -> tuple[LineLaunch, ...]:
     """Families whose lines fit a block of keys, then the longer ones."""
     limit, by_queries, by_keys = _LINES[dtype != torch.float32, max(64, block_d(head_dim))]
@@ -95,7 +94,6 @@ def line_launches(lattice: TorusLattice, seq_len: int, head_dim: int, dtype: tor
     return tuple(launches)
 
 
-@functools.lru_cache(maxsize=256)
 def cross_launch(width: int, head_dim: int, dtype: torch.dtype) -> CrossLaunch:
     """Tiles 16 sites long, and steps as long as a tile with its halo, or half, where the window is ``width`` long."""
     wide, along = block_d(head_dim), 16
@@ -139,6 +137,73 @@ def _line_visits(
             yield launch, (family,), _mask([family]), family is not all_families[0]
 
 
+class _Plan(NamedTuple):
+    """What calls with the same sizes share: the shapes of workspaces, and grids, numbers and constants of launches."""
+
+    slots: int
+    chunk: int  # key/value heads
+    programs: int  # that leave decay sums
+    tiles: int  # that leave parameter sums
+    lines: tuple[tuple[object, bool, int, tuple[int, int], dict[str, object]], ...]
+    """Kernel, whether it owns queries, programs of a head, ``(first_program, num_programs)``, constants."""
+    crosses: tuple[tuple[object, bool, int, tuple[int | float, ...], dict[str, object]], ...]
+    """The same, with the window among the numbers."""
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    lattice: TorusLattice, batch: int, kv_heads: int, group: int, seq_len: int, head_dim: int, dtype: torch.dtype,
+    device: torch.device, precision: str, gates: int, has_first_key: bool,
+) -> _Plan:
+    launches = line_launches(lattice, seq_len, head_dim, dtype)
+    flows = cross_flows(lattice, seq_len)
+    crosses = [cross_launch(flow.width, head_dim, dtype) for flow in flows]
+    tiles = [flow.tiles(cross.across, cross.along) for flow, cross in zip(flows, crosses, strict=True)]
+    num_families = sum(len(launch.families) for launch in launches)
+    line_part = sum(line_programs(launch.families, launch.row_block, 1) for launch in launches)
+    programs = line_part + (sum(tiles) if flows[0].stream >= 0 else 0)
+    contributions = num_families + len(flows) - 1
+    slots, chunk = _chunk(batch * kv_heads, group, contributions, seq_len, head_dim, device)
+    apart = slots == contributions
+    shared = {
+        "TOPOLOGY": lattice.spec[0], "STREAMS": lattice.spec[6], "GATES": gates, "HAS_FIRST_KEY": has_first_key,
+        "PRECISION": precision, "D": head_dim, "BLOCK_D": block_d(head_dim),
+    }
+
+    line_calls, first_program = [], 0
+    for launch, visited, families, accumulate in _line_visits(launches, apart):
+        longest = max(family.length for family in visited)
+        options = {**shared, "FAMILIES": families, "GRID_FAMILIES": _mask(visited), "ACCUMULATE": accumulate}
+        numbers = (first_program, programs)
+        if launch.queries is not None:
+            queries = launch.queries
+            line_calls.append((lines_by_queries, True, line_programs(visited, queries.block_m, 1), numbers, {
+                "ONE_TILE": longest <= queries.block_n and not lattice.is_causal,
+                "FULL_BLOCKS": all(family.length % queries.block_n == 0 for family in visited),
+                **_constants(queries), **options,
+            }))
+        line_calls.append((lines_by_keys, False, line_programs(visited, launch.keys.block_n, 1), numbers, {
+            "WHOLE_LINE": launch.whole_line,
+            "ONE_VISIT": launch.whole_line and group == 1 and longest <= launch.keys.block_m,
+            "FULL_BLOCKS": all(family.length % launch.keys.block_n == 0 for family in visited),
+            **_constants(launch.keys), **options,
+        }))
+        first_program += line_programs(visited, launch.row_block, 1)
+
+    cross_calls = []
+    for kernel, owns_queries, block in ((cross_by_queries, True, "BLOCK_N"), (cross_by_keys, False, "BLOCK_M")):
+        for place, (flow, cross) in enumerate(zip(flows, crosses, strict=True)):
+            tile_u, tile_v = flow.tile(cross.across, cross.along)
+            numbers = (line_part + sum(tiles[:place]), programs) if owns_queries else ()
+            cross_calls.append((kernel, owns_queries, tiles[place], (*numbers, *flow.arguments), {
+                "FLOW": flow.stream, "BY_ROWS": flow.by_rows, "FINISH": place == len(flows) - 1,
+                "SLOT": num_families if apart else 0, "NUM_SLOTS": slots, "ACCUMULATE": not apart and num_families > 0,
+                "TILE_U": tile_u, "TILE_V": tile_v, "num_warps": cross.num_warps, "num_stages": cross.num_stages,
+                block: cross.block, **shared,
+            }))
+    return _Plan(slots, chunk, programs, tiles[-1], tuple(line_calls), tuple(cross_calls))
+
+
 def attention_backward(
     d_out: Tensor,
     q: Tensor,
@@ -175,17 +240,9 @@ def attention_backward(
     if ema_state is not None:
         gates += HAS_STATE.value
 
-    launches = line_launches(lattice, seq_len, head_dim, q.dtype)
-    flows = cross_flows(lattice, seq_len)
-    crosses = [cross_launch(flow.width, head_dim, q.dtype) for flow in flows]
-    tiles = [flow.tiles(cross.across, cross.along) for flow, cross in zip(flows, crosses, strict=True)]
-    num_families = sum(len(launch.families) for launch in launches)
-
-    line_part = sum(line_programs(launch.families, launch.row_block, 1) for launch in launches)
-    programs = line_part + (sum(tiles) if flows[0].stream >= 0 else 0)
-    contributions = num_families + len(flows) - 1
-    slots, chunk = _chunk(batch * kv_heads, group, contributions, seq_len, head_dim, q.device)
-    apart = slots == contributions
+    plan = _plan(lattice, batch, kv_heads, group, seq_len, head_dim, q.dtype, q.device, input_precision(q.dtype), gates,
+                 first_key is not None)
+    slots, chunk = plan.slots, plan.chunk
 
     def workspace(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -194,57 +251,28 @@ def attention_backward(
         _strided(d_out), _strided(q), _strided(k), _strided(v), _strided(ema_state), stream_weights, ema_alpha,
         decay, lse, first_key,
         row_sums=workspace(chunk * group, seq_len, ROW_SUMS.value),
-        decay_sums=workspace(batch * heads, programs, NUM_STREAMS),
+        decay_sums=workspace(batch * heads, plan.programs, NUM_STREAMS),
         d_q=workspace(slots, chunk * group, seq_len, head_dim), d_k=workspace(slots, chunk, seq_len, head_dim),
         d_v=workspace(slots, chunk, seq_len, head_dim),
     )
-    parameter_sums = workspace(batch * heads, tiles[-1], PARAMETER_SUMS.value)
+    parameter_sums = workspace(batch * heads, plan.tiles, PARAMETER_SUMS.value)
     results = Results(
         _strided(d_q), _strided(d_k), _strided(d_v), _strided(d_state), d_weights if token_weights else None,
         d_alpha if token_alpha else None, parameter_sums,
     )
-    shared = {
-        "TOPOLOGY": lattice.spec[0], "STREAMS": lattice.spec[6], "GATES": gates,
-        "HAS_FIRST_KEY": first_key is not None, "PRECISION": input_precision(q.dtype), "D": head_dim,
-        "BLOCK_D": block_d(head_dim),
-    }
-    sizes = (heads, group, seq_len, lattice.n_major, lattice.n_minor, lattice.winding, float(scale))
     cross_sizes = (heads, group, seq_len, lattice.n_major, lattice.n_minor, float(scale))
+    sizes = (*cross_sizes[:-1], lattice.winding, float(scale))
     with on_device(q):
         for first in range(0, batch * kv_heads, chunk):
             pairs = min(chunk, batch * kv_heads - first)
-            first_program = 0
-            for launch, visited, families, accumulate in _line_visits(launches, apart):
-                longest = max(family.length for family in visited)
-                options = {**shared, "FAMILIES": families, "GRID_FAMILIES": _mask(visited), "ACCUMULATE": accumulate}
-                if launch.queries is not None:
-                    queries = launch.queries
-                    lines_by_queries[line_programs(visited, queries.block_m, 1), pairs * group](
-                        operands, *sizes, first * group, first_program, programs,
-                        ONE_TILE=longest <= queries.block_n and not lattice.is_causal,
-                        FULL_BLOCKS=all(family.length % queries.block_n == 0 for family in visited),
-                        **_constants(queries), **options,
-                    )
-                lines_by_keys[line_programs(visited, launch.keys.block_n, 1), pairs](
-                    operands, *sizes, first, first_program, programs, WHOLE_LINE=launch.whole_line,
-                    ONE_VISIT=launch.whole_line and group == 1 and longest <= launch.keys.block_m,
-                    FULL_BLOCKS=all(family.length % launch.keys.block_n == 0 for family in visited),
-                    **_constants(launch.keys), **options,
-                )
-                first_program += line_programs(visited, launch.row_block, 1)
-            for block, kernel in (("BLOCK_N", cross_by_queries), ("BLOCK_M", cross_by_keys)):
-                for place, (flow, cross) in enumerate(zip(flows, crosses, strict=True)):
-                    tile_u, tile_v = flow.tile(cross.across, cross.along)
-                    by_queries = kernel is cross_by_queries
-                    numbers = (line_part + sum(tiles[:place]), programs) if by_queries else ()
-                    kernel[tiles[place], pairs * group if by_queries else pairs](
-                        operands, results, *cross_sizes, first * group if by_queries else first, *numbers,
-                        *flow.arguments, FLOW=flow.stream, BY_ROWS=flow.by_rows, FINISH=place == len(flows) - 1,
-                        SLOT=num_families if apart else 0, NUM_SLOTS=slots, ACCUMULATE=not apart and num_families > 0,
-                        TILE_U=tile_u, TILE_V=tile_v, num_warps=cross.num_warps, num_stages=cross.num_stages,
-                        **{block: cross.block}, **shared,
-                    )
+            for kernel, owns_queries, programs, numbers, constants in plan.lines:
+                members = group if owns_queries else 1
+                kernel[programs, pairs * members](operands, *sizes, first * members, *numbers, **constants)
+            for kernel, owns_queries, tiles, numbers, constants in plan.crosses:
+                members = group if owns_queries else 1
+                kernel[tiles, pairs * members](
+                    operands, results, *cross_sizes, first * members, *numbers, **constants)
         reduce_parameters[heads,](
-            parameter_sums, operands.decay_sums, d_weights, d_decay, d_alpha, batch, heads, tiles[-1], programs,
+            parameter_sums, operands.decay_sums, d_weights, d_decay, d_alpha, batch, heads, plan.tiles, plan.programs,
             PER_HEAD_WEIGHTS=not token_weights, PER_HEAD_ALPHA=ema_alpha is not None and not token_alpha, BLOCK=32,
         )

@@ -18,20 +18,17 @@ from ..primitives.lattice import (
     OPEN_BOTH,
     OPEN_PAST,
     PERIODIC,
-    arcs,
-    line_family,
     line_program,
     line_steps,
     oldest_key,
     reach_of,
-    squared_step,
-    strand,
+    tokens_along,
 )
 from ..primitives.softmax import LOG2E, bias_slope
 from ..primitives.tiles import dot_transposed, dot_twice, load_rows
+from .line import line_base, line_of, visibility
 from .operands import (
     accumulate_rows,
-    base_of,
     inverse,
     load_stream,
     partial_of,
@@ -39,8 +36,14 @@ from .operands import (
     row_sums_of,
     slot_of,
     store_decay_sums,
-    tokens_at,
 )
+
+
+@triton.jit
+def _normalised(gate, delta, total):
+    """A stream's gate and ``delta`` of the probabilities that sum to one."""
+    normaliser = inverse(total)
+    return gate * normaliser, delta * normaliser
 
 
 @triton.jit
@@ -54,15 +57,10 @@ def _queries_of_line(
     local_head, num_heads = tl.program_id(1), tl.num_programs(1)
     batch, head = (first_head + local_head) // heads, (first_head + local_head) % heads
     kv_head = head // group
-    loop, stride, slope, num_lines, length, max_step = line_family(
-        family, n_major, n_minor, winding, seq_len, TOPOLOGY
+    STRAIGHT: tl.constexpr = ARCS or TOPOLOGY == CAUSAL
+    loop, stride, slope, num_lines, length, max_step, unit, stream, start = line_of(
+        family, line, n_major, n_minor, winding, seq_len, ARCS, FORM, TOPOLOGY
     )
-    if TOPOLOGY == CAUSAL:
-        length = tl.cdiv(seq_len - line, stride).to(tl.int32)
-    if ARCS or TOPOLOGY == CAUSAL:
-        slope = 0  # known to the compiler, it spares divisions
-    unit = squared_step(loop, FORM)
-    stream = tl.where(family <= MINOR, 2 * family, family + 2)
     decline = bias_slope(tl.load(operands.decay + head * NUM_STREAMS + stream), unit)
     if ARCS:
         partner_decline = bias_slope(tl.load(operands.decay + head * NUM_STREAMS + stream + 1), unit)
@@ -70,9 +68,10 @@ def _queries_of_line(
     first_position = block * BLOCK_M
     position = first_position + tl.arange(0, BLOCK_M)
     valid = position < length
-    token = tokens_at(family, line, position, n_minor, stride, slope, num_lines, TOPOLOGY)
-    q = load_rows(base_of(operands.q, batch, head), token, valid, operands.q.token, D, BLOCK_D)  # [BLOCK_M, D]
-    d_out = load_rows(base_of(operands.d_out, batch, head), token, valid, operands.d_out.token, D, BLOCK_D)
+    place = tokens_along(line, position, stride, slope, num_lines, STRAIGHT)
+    token = start + place
+    q = load_rows(line_base(operands.q, batch, head, start), place, valid, operands.q.token, D, BLOCK_D)  # [BLOCK_M, D]
+    d_out = load_rows(line_base(operands.d_out, batch, head, start), place, valid, operands.d_out.token, D, BLOCK_D)
     lse, gate = load_stream(operands, batch, head, heads, seq_len, token, valid, stream, STREAMS, GATES)
     if ARCS:
         partner_lse, partner_gate = load_stream(
@@ -89,7 +88,7 @@ def _queries_of_line(
     else:
         key_begin = 0
         key_end = length
-    k_base, v_base = base_of(operands.k, batch, kv_head), base_of(operands.v, batch, kv_head)
+    k_base, v_base = line_base(operands.k, batch, kv_head, start), line_base(operands.v, batch, kv_head, start)
     total = tl.zeros([BLOCK_M], tl.float32)
     partner_total = tl.zeros([BLOCK_M], tl.float32)
     delta = tl.zeros([BLOCK_M], tl.float32)
@@ -102,24 +101,19 @@ def _queries_of_line(
         for begin in range(key_begin, key_end, BLOCK_N):
             key_position = begin + tl.arange(0, BLOCK_N)
             key_valid = key_position < length
-            key_token = tokens_at(family, line, key_position, n_minor, stride, slope, num_lines, TOPOLOGY)
-            k = load_rows(k_base, key_token, key_valid, operands.k.token, D, BLOCK_D)  # [BLOCK_N, D]
-            v = load_rows(v_base, key_token, key_valid, operands.v.token, D, BLOCK_D)
+            key_place = tokens_along(line, key_position, stride, slope, num_lines, STRAIGHT)
+            k = load_rows(k_base, key_place, key_valid, operands.k.token, D, BLOCK_D)  # [BLOCK_N, D]
+            v = load_rows(v_base, key_place, key_valid, operands.v.token, D, BLOCK_D)
             products = dot_transposed(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
             d_probs = dot_transposed(d_out, v, PRECISION)
-            steps = line_steps(position, key_position)
+            visible, partner_visible, squared = visibility(
+                line_steps(position, key_position), loop, reach, key_valid[None, :], ARCS, FORM, FULL_BLOCKS
+            )
+            probs = probabilities(products, scale * LOG2E, decline, squared, lse[:, None], visible)
             if ARCS:
-                visible, partner_visible, squared = arcs(steps, loop, reach, FORM)
-                if not FULL_BLOCKS and FORM != OPEN_PAST:
-                    partner_visible = partner_visible & key_valid[None, :]
                 partner_probs = probabilities(
                     products, scale * LOG2E, partner_decline, squared, partner_lse[:, None], partner_visible
                 )
-            else:
-                visible, squared = strand(steps, loop, reach, FORM)
-            if not FULL_BLOCKS and FORM != OPEN_PAST:
-                visible = visible & key_valid[None, :]
-            probs = probabilities(products, scale * LOG2E, decline, squared, lse[:, None], visible)
             if sweep == 0:
                 total += tl.sum(probs, axis=1)
                 delta += tl.sum(probs * d_probs, axis=1)
@@ -127,20 +121,23 @@ def _queries_of_line(
                     partner_total += tl.sum(partner_probs, axis=1)
                     partner_delta += tl.sum(partner_probs * d_probs, axis=1)
             if ONE_TILE:
-                delta *= inverse(total)
-                partner_delta *= inverse(partner_total)
+                gate, delta = _normalised(gate, delta, total)
+                if ARCS:
+                    partner_gate, partner_delta = _normalised(partner_gate, partner_delta, partner_total)
             if sweep == SWEEPS - 1:
-                d_scores = (gate * inverse(total))[:, None] * probs * (d_probs - delta[:, None])
+                d_scores = probs * (gate[:, None] * d_probs - (gate * delta)[:, None])
                 decay_sum += tl.sum(squared * d_scores, axis=1)
                 if ARCS:
-                    partner_gates = (partner_gate * inverse(partner_total))[:, None]
-                    partner_d_scores = partner_gates * partner_probs * (d_probs - partner_delta[:, None])
+                    partner_d_scores = partner_probs * (
+                        partner_gate[:, None] * d_probs - (partner_gate * partner_delta)[:, None]
+                    )
                     partner_decay_sum += tl.sum(squared * partner_d_scores, axis=1)
                     d_scores += partner_d_scores
                 d_q = dot_twice(d_scores, k, PRECISION, d_q)
         if sweep == 0 and not ONE_TILE:
-            delta *= inverse(total)
-            partner_delta *= inverse(partner_total)
+            gate, delta = _normalised(gate, delta, total)
+            if ARCS:
+                partner_gate, partner_delta = _normalised(partner_gate, partner_delta, partner_total)
 
     sums = row_sums_of(operands, local_head, seq_len, token) + stream
     tl.store(sums, delta, mask=valid)
@@ -151,7 +148,7 @@ def _queries_of_line(
     store_decay_sums(operands, first_head + local_head, first_program + tl.program_id(0), num_programs, stream,
                      unit * tl.sum(decay_sum, axis=0), unit * tl.sum(partner_decay_sum, axis=0))
     d_q_base = partial_of(operands.d_q, slot, num_heads, local_head, seq_len, D)
-    accumulate_rows(d_q_base, token, valid, scale * d_q, ACCUMULATE, D, BLOCK_D)
+    accumulate_rows(d_q_base + start * D, place, valid, scale * d_q, ACCUMULATE, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[

@@ -19,20 +19,17 @@ from ..primitives.lattice import (
     OPEN_BOTH,
     OPEN_PAST,
     PERIODIC,
-    arcs,
-    line_family,
     line_program,
     line_steps,
     oldest_key,
     reach_of,
-    squared_step,
-    strand,
+    tokens_along,
 )
 from ..primitives.softmax import LOG2E, bias_slope
 from ..primitives.tiles import dot_cast, dot_transposed, dot_twice, load_rows
+from .line import line_base, line_of, visibility
 from .operands import (
     accumulate_rows,
-    base_of,
     inverse,
     load_stream,
     partial_of,
@@ -40,7 +37,6 @@ from .operands import (
     row_sums_of,
     slot_of,
     store_decay_sums,
-    tokens_at,
 )
 
 
@@ -71,19 +67,23 @@ def _row_sums(probs, d_probs, squared, gate, sums, valid, decay_sum, WHOLE_LINE:
 
 @triton.jit
 def _visit(
-    operands, batch, head, heads, local_head, seq_len, n_minor, scale, slot, num_heads, family, line, stream, loop,
-    stride, slope, num_lines, length, max_step, unit, begin, k, v, key_position, d_k, d_v, decay_sum,
-    partner_decay_sum,
+    operands, batch, head, heads, local_head, seq_len, scale, slot, num_heads, line, shape, begin, k, v, key_position,
+    d_k, d_v, decay_sum, partner_decay_sum,
     ARCS: tl.constexpr, FORM: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, WHOLE_LINE: tl.constexpr,
     FULL_BLOCKS: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
-    """One block of queries of one head: what it adds to ``d_k``, ``d_v`` and the sums of ``rho^2 dS``."""
+    """One block of queries of one head: what it adds to ``d_k``, ``d_v`` and the sums of ``rho^2 dS``.
+
+    ``shape`` is that of the line, as `line_of` gives it.
+    """
+    loop, stride, slope, num_lines, length, max_step, unit, stream, start = shape
     position = begin + tl.arange(0, BLOCK_M)
     valid = position < length
-    token = tokens_at(family, line, position, n_minor, stride, slope, num_lines, TOPOLOGY)
-    q = load_rows(base_of(operands.q, batch, head), token, valid, operands.q.token, D, BLOCK_D)  # [BLOCK_M, D]
-    d_out = load_rows(base_of(operands.d_out, batch, head), token, valid, operands.d_out.token, D, BLOCK_D)
+    place = tokens_along(line, position, stride, slope, num_lines, ARCS or TOPOLOGY == CAUSAL)
+    token = start + place
+    q = load_rows(line_base(operands.q, batch, head, start), place, valid, operands.q.token, D, BLOCK_D)  # [BLOCK_M, D]
+    d_out = load_rows(line_base(operands.d_out, batch, head, start), place, valid, operands.d_out.token, D, BLOCK_D)
     reach = max_step
     if HAS_FIRST_KEY:
         oldest = oldest_key(operands.first_key, batch, token, valid, seq_len)
@@ -95,16 +95,8 @@ def _visit(
     else:
         products = dot_transposed(k, q, PRECISION)  # [BLOCK_N, BLOCK_M]
         steps = -line_steps(key_position, position)
-    if ARCS:
-        visible, partner_visible, squared = arcs(steps, loop, reach, FORM)
-    else:
-        visible, squared = strand(steps, loop, reach, FORM)
-    if not FULL_BLOCKS and FORM != OPEN_PAST:
-        # In the past of a query no key is beyond the end of the line.
-        on_line = _along_queries(key_position < length, not WHOLE_LINE)
-        visible = visible & on_line
-        if ARCS:
-            partner_visible = partner_visible & on_line
+    on_line = _along_queries(key_position < length, not WHOLE_LINE)
+    visible, partner_visible, squared = visibility(steps, loop, reach, on_line, ARCS, FORM, FULL_BLOCKS)
     sums = row_sums_of(operands, local_head, seq_len, token) + stream
     decay = operands.decay + head * NUM_STREAMS + stream
     lse, gate = load_stream(operands, batch, head, heads, seq_len, token, valid, stream, STREAMS, GATES)
@@ -133,7 +125,7 @@ def _visit(
         d_k = dot_cast(tl.trans(d_scores.to(k.dtype)), q, PRECISION, d_k)
         d_q = scale * dot_twice(d_scores, k, PRECISION)  # [BLOCK_M, D]
         d_q_base = partial_of(operands.d_q, slot, num_heads, local_head, seq_len, D)
-        accumulate_rows(d_q_base, token, valid, d_q, ACCUMULATE, D, BLOCK_D)
+        accumulate_rows(d_q_base + start * D, place, valid, d_q, ACCUMULATE, D, BLOCK_D)
     else:
         d_v = dot_cast(weighted, d_out, PRECISION, d_v)
         d_k = dot_cast(d_scores, q, PRECISION, d_k)
@@ -152,31 +144,23 @@ def _keys_of_line(
     local_pair, num_pairs = tl.program_id(1), tl.num_programs(1)
     kv_heads = heads // group
     batch, kv_head = (first_pair + local_pair) // kv_heads, (first_pair + local_pair) % kv_heads
-    loop, stride, slope, num_lines, length, max_step = line_family(
-        family, n_major, n_minor, winding, seq_len, TOPOLOGY
-    )
-    if TOPOLOGY == CAUSAL:
-        length = tl.cdiv(seq_len - line, stride).to(tl.int32)
-    if ARCS or TOPOLOGY == CAUSAL:
-        slope = 0  # known to the compiler, it spares divisions
-    unit = squared_step(loop, FORM)
-    stream = tl.where(family <= MINOR, 2 * family, family + 2)
+    shape = line_of(family, line, n_major, n_minor, winding, seq_len, ARCS, FORM, TOPOLOGY)
+    _, stride, slope, num_lines, length, max_step, unit, stream, start = shape
     program = first_program + tl.program_id(0)
 
     first_key_position = 0 if WHOLE_LINE else block * BLOCK_N
     key_position = first_key_position + tl.arange(0, BLOCK_N)
     key_valid = key_position < length
-    key_token = tokens_at(family, line, key_position, n_minor, stride, slope, num_lines, TOPOLOGY)
-    k = load_rows(base_of(operands.k, batch, kv_head), key_token, key_valid, operands.k.token, D, BLOCK_D)
-    v = load_rows(base_of(operands.v, batch, kv_head), key_token, key_valid, operands.v.token, D, BLOCK_D)
+    key_place = tokens_along(line, key_position, stride, slope, num_lines, ARCS or TOPOLOGY == CAUSAL)
+    k = load_rows(line_base(operands.k, batch, kv_head, start), key_place, key_valid, operands.k.token, D, BLOCK_D)
+    v = load_rows(line_base(operands.v, batch, kv_head, start), key_place, key_valid, operands.v.token, D, BLOCK_D)
     decay_sum = tl.zeros([BLOCK_M], tl.float32)
     if ONE_VISIT:
         # One query head and one block of queries: the sums need not live in registers while the tile is computed.
         d_k, d_v, decay_sum, partner_decay_sum = _visit(
-            operands, batch, kv_head, heads, local_pair, seq_len, n_minor, scale, slot, num_pairs, family, line,
-            stream, loop, stride, slope, num_lines, length, max_step, unit, 0, k, v, key_position, None, None,
-            decay_sum, decay_sum, ARCS, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, FULL_BLOCKS, ACCUMULATE, GATES,
-            HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M,
+            operands, batch, kv_head, heads, local_pair, seq_len, scale, slot, num_pairs, line, shape, 0, k, v,
+            key_position, None, None, decay_sum, decay_sum, ARCS, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, FULL_BLOCKS,
+            ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M,
         )
         store_decay_sums(operands, batch * heads + kv_head, program, num_programs, stream,
                          unit * tl.sum(decay_sum, axis=0), unit * tl.sum(partner_decay_sum, axis=0))
@@ -195,18 +179,21 @@ def _keys_of_line(
             partner_decay_sum = tl.zeros([BLOCK_M], tl.float32)
             for begin in range(query_begin, query_end, BLOCK_M):
                 d_k, d_v, decay_sum, partner_decay_sum = _visit(
-                    operands, batch, head, heads, local_pair * group + member, seq_len, n_minor, scale, slot,
-                    num_pairs * group, family, line, stream, loop, stride, slope, num_lines, length, max_step, unit,
-                    begin, k, v, key_position, d_k, d_v, decay_sum, partner_decay_sum, ARCS, FORM, TOPOLOGY, STREAMS,
-                    WHOLE_LINE, FULL_BLOCKS, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M,
+                    operands, batch, head, heads, local_pair * group + member, seq_len, scale, slot,
+                    num_pairs * group, line, shape, begin, k, v, key_position, d_k, d_v, decay_sum, partner_decay_sum,
+                    ARCS, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, FULL_BLOCKS, ACCUMULATE, GATES, HAS_FIRST_KEY,
+                    PRECISION, D, BLOCK_D, BLOCK_M,
                 )
             if WHOLE_LINE:
                 store_decay_sums(operands, batch * heads + head, program, num_programs, stream,
                                  unit * tl.sum(decay_sum, axis=0), unit * tl.sum(partner_decay_sum, axis=0))
+    # The places of the keys anew, by a zero that the compiler cannot see through: it would hold them in registers.
+    key_position = first_key_position + tl.minimum(seq_len - 1, 0) + tl.arange(0, BLOCK_N)
+    key_place = tokens_along(line, key_position, stride, slope, num_lines, ARCS or TOPOLOGY == CAUSAL)
     d_k_base = partial_of(operands.d_k, slot, num_pairs, local_pair, seq_len, D)
     d_v_base = partial_of(operands.d_v, slot, num_pairs, local_pair, seq_len, D)
-    accumulate_rows(d_k_base, key_token, key_valid, scale * d_k, ACCUMULATE, D, BLOCK_D)
-    accumulate_rows(d_v_base, key_token, key_valid, d_v, ACCUMULATE, D, BLOCK_D)
+    accumulate_rows(d_k_base + start * D, key_place, key_position < length, scale * d_k, ACCUMULATE, D, BLOCK_D)
+    accumulate_rows(d_v_base + start * D, key_place, key_position < length, d_v, ACCUMULATE, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.lattice import NUM_STREAMS, line_places, line_tokens
+from ..primitives.lattice import NUM_STREAMS
 from ..primitives.softmax import LOG2E
 from ..primitives.tiles import load_rows, store_rows
 
@@ -149,13 +149,6 @@ def add_partials(
     for slot in tl.static_range(NUM_SLOTS):
         total += load_rows(partial_of(workspace, slot, count, local, seq_len, D), token, valid, D, D, BLOCK_D)
     return total + rows
-
-
-@triton.jit
-def tokens_at(family, line, position, n_minor, stride, slope, num_lines, TOPOLOGY: tl.constexpr):
-    """Tokens (int64) at positions of a line; past its end, of no meaning."""
-    origin, phase = line_places(position, stride, slope, num_lines)
-    return line_tokens(family, line, origin, phase, n_minor, num_lines, TOPOLOGY)
 
 
 @triton.jit

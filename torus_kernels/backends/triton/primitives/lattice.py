@@ -6,8 +6,9 @@ as a window of displacements ``(a, b)``. The host half says how many lines there
 says which token sits where and what sees what.
 
 Conventions of the device half: family and topology numbers are those below; ``n_major, n_minor, winding, seq_len``
-are integer scalars; positions along a line are int32; tokens are int64, computed in int32, so that their products with
-strides are single instructions (T is at most `MAX_TOKENS`); steps are float32 tiles, exact below 2**24.
+are integer scalars; positions along a line are int32, and so are tokens counted from the start of a line, so that their
+products with strides are single instructions (T is at most `MAX_TOKENS`); all other tokens are int64; steps are float32
+tiles, exact below 2**24.
 """
 
 from __future__ import annotations
@@ -174,24 +175,6 @@ def line_program(
     _, _, _, num_lines, _, _ = line_family(family, n_major, n_minor, winding, seq_len, TOPOLOGY)
     runs = tl.cdiv(num_lines, LINES)
     return family, rest % runs * LINES, (rest // runs).to(tl.int32)
-
-
-@triton.jit
-def line_places(position, stride, slope, num_lines):
-    """What is the same on every line at int32 positions: ``(token of line 0 there, lines crossed so far)``."""
-    return (position * stride).to(tl.int32), (position * slope % num_lines).to(tl.int32)
-
-
-@triton.jit
-def line_tokens(family, line, origin, phase, n_minor, num_lines, TOPOLOGY: tl.constexpr):
-    """Tokens (int64) of a line at the places ``(origin, phase)`` of `line_places`; past its end, of no meaning."""
-    if TOPOLOGY == CAUSAL:
-        token = (origin + line).to(tl.int32)
-    else:
-        crossed = phase + line
-        crossed = tl.where(crossed >= num_lines, crossed - num_lines, crossed)
-        token = origin + (crossed * tl.where(family == MINOR, n_minor, 1)).to(tl.int32)
-    return token.to(tl.int64)
 
 
 @triton.jit
