@@ -17,7 +17,7 @@ from torus_kernels.backends import BACKENDS, Problem, can_run, unavailable
 
 from . import arguments, environment, gpu_decode, gpu_peers, gpu_report
 from .accuracy import Gate, WrongResult
-from .candidates import BOTH, Candidate, operator, other_operator
+from .candidates import BOTH, OPERATOR, Candidate, operator, other_operator
 from .gpu_report import GpuReport, Judged, Machine, Measured, Work
 from .gpu_timing import Stopwatch
 from .progress import Say, silent, steps
@@ -140,7 +140,8 @@ class GpuSuite:
 
     def _measure(self, candidate: Candidate, case: Case, inputs: Inputs, gate: Gate) -> None:
         run: Callable[[Callable], object] = inputs.forward_backward if case.direction == BOTH else inputs.forward
-        is_operator, is_other = candidate == self._operator, candidate in self._others
+        is_operator = candidate.name == OPERATOR
+        is_other = candidate.name in [other.name for other in self._others]
         try:
             if candidate.computes_operator:
                 found = gate.check(candidate.label, candidate.attention, peer=not (is_operator or is_other))

@@ -40,8 +40,8 @@ class FakeStopwatch:
         return GpuTiming(tuple(n * self.calls / 1e3 for n in (1, 2, 3)), 4e-5, 2**20, self.calls == 1)
 
 
-def suite(peers, backend="reference") -> gpu.GpuSuite:
-    return gpu.GpuSuite(H200, FakeStopwatch(), backend, peers, device="cpu")
+def suite(peers, backend="reference", others=()) -> gpu.GpuSuite:
+    return gpu.GpuSuite(H200, FakeStopwatch(), backend, peers, device="cpu", others=others)
 
 
 class TestPeers:
@@ -107,6 +107,20 @@ class TestSuite:
         assert all(j.check.ok for j in report.judged)
         assert report.sizes == {"tiny": "periodic 6x4, winding 2, B=2 H=3 D=8"}
         assert not report.skipped
+
+    def test_further_backends_are_timed_and_judged_as_the_operator(self, monkeypatch):
+        run = suite([gpu_peers.GPU_PEERS["compose"]], others=["reference", "cuda"])
+        report = run.measure_all([TINY], [torch.float32], [FORWARD], Console(quiet=True))
+        assert [m.candidate for m in report.measured] == [OPERATOR, f"{OPERATOR}_reference", "compose"]
+        assert [j.candidate for j in report.judged] == [OPERATOR, f"{OPERATOR}_reference", "compose"]
+        assert [(s.candidate, "backend 'cuda' cannot run here" in s.reason) for s in report.skipped] == [
+            (f"{OPERATOR}_cuda", True)]
+        assert f"{OPERATOR} (reference)" in gpu_report.markdown(report)
+        right = operator_on("reference")
+        monkeypatch.setattr("benchmarks.candidates.operator_on",
+                            lambda backend: right if backend == "reference" else lambda *given: 2 * right(*given))
+        with pytest.raises(WrongResult, match="cpu"):
+            suite([], others=["cpu"]).measure_all([TINY], [torch.float32], [FORWARD], Console(quiet=True))
 
     def test_a_wrong_peer_is_skipped_and_a_wrong_operator_is_an_error(self, monkeypatch):
         wrong = Candidate("compose", "compose", lambda *arguments: 1.01 * gpu_peers.compose(*arguments))
