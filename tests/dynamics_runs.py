@@ -29,6 +29,12 @@ def make_config(text, **changes) -> TrainConfig:
     return TrainConfig(**(fields | changes))
 
 
+def tiny_options(text, folder) -> list:
+    """Of ``train``, for a run of some steps."""
+    return ["--width", 16, "--layers", 2, "--heads", 2, "--n-major", 4, "--n-minor", 6, "--seq-len", 24, "--data", text,
+            "--validations", 1, "--validation-windows", 2, "--backend", "reference", "--output", folder]
+
+
 def assert_goes_on_to_the_bit(config: TrainConfig, folder, step: int) -> dict:
     """Interrupts a run at the validation after ``step``, resumes it, and compares everything that its checkpoint holds
     but times with that of a run left alone, whose metadata is returned."""

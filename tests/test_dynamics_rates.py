@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from dynamics_runs import MODEL, STEPS, assert_goes_on_to_the_bit, make_config, write_text
+from dynamics_runs import MODEL, STEPS, assert_goes_on_to_the_bit, make_config, tiny_options, write_text
 from model_runs import fails_in_one_line, parameters_of, run
 
 from torus_model import TorusLM, checkpoint
@@ -98,8 +98,7 @@ def test_a_wrong_field_is_named(text, changes, name):
 
 
 def test_options_reach_the_run(text, tmp_path, capsys):
-    tiny = ["--width", 16, "--layers", 2, "--heads", 2, "--n-major", 4, "--n-minor", 6, "--seq-len", 24, "--data", text,
-            "--validations", 1, "--validation-windows", 2, "--backend", "reference", "--output", tmp_path]
+    tiny = tiny_options(text, tmp_path)
     assert run("train", "--steps", 2, *tiny, "--schedule", "step", "--milestones", 0.2, 0.4, "--milestone-factor", 0.5,
                "--layer-decay", 0.9) == 0
     found = checkpoint.load_metadata(tmp_path)["train_config"]

@@ -154,6 +154,7 @@ class TorusAttention(nn.Module):
         elif compounding and ema_scales > 1:
             self.memory = MultiscaleCompounding(ema_scales)
         self.register_buffer("alpha_factor", torch.ones(()) if compounding and adaptive_alpha else None)
+        self.register_buffer("scheduled_factor", None)
         self.reset_stream_parameters()
 
     @torch.no_grad()
@@ -194,6 +195,12 @@ class TorusAttention(nn.Module):
         logits = self.stream_logits if self.stream_gate is None else self.stream_gate.bias
         logits.view(self.heads, -1)[:, place] = FAVOURED_LOGIT
 
+    def schedule_alpha(self) -> None:
+        """Adds ``scheduled_factor``, a buffer of the weights that alpha is multiplied by and training sets; 1 at
+        first."""
+        if self.raw_alpha is not None:
+            self.scheduled_factor = torch.ones((), device=self.raw_alpha.device)
+
     @property
     def compounding(self) -> bool:
         """Whether `forward` takes a state."""
@@ -216,7 +223,10 @@ class TorusAttention(nn.Module):
         if self.raw_alpha is None:
             return None
         alpha = bounded(self.raw_alpha, ALPHA_RANGE)
-        return alpha if self.alpha_factor is None else alpha * self.alpha_factor
+        for factor in (self.alpha_factor, self.scheduled_factor):
+            if factor is not None:
+                alpha = alpha * factor
+        return alpha
 
     def _all_streams(self, values: Tensor) -> Tensor:
         """``[..., streams of the lattice] -> [..., 8]``, zero where a stream is left out."""

@@ -11,6 +11,7 @@ from typing import Any
 from .checks import check_numbers, check_positive_integers, check_seed
 from .data import DEFAULT_MAX_BYTES
 from .dynamics import DynamicsConfig
+from .growth import grown_config
 from .lm import ModelConfig
 from .tokenizer import ByteTokenizer
 from .transfer import TransferConfig
@@ -148,6 +149,30 @@ class TrainConfig(DynamicsConfig, TransferConfig):
             needed = ByteTokenizer(self.pack_documents).vocab_size
             raise ValueError(f"vocab_size must be {needed} for training on bytes with pack_documents = "
                              f"{self.pack_documents}, got {self.model.vocab_size}")
+
+        self._check_dynamics()
+
+    def _check_dynamics(self) -> None:
+        if self.curriculum and self.curriculum[-1] >= self.seq_len:
+            raise ValueError(f"curriculum must stay below seq_len = {self.seq_len}, got {self.curriculum[-1]}")
+        if self.max_batch_size is not None:
+            part = self.batch_size // self.accumulate
+            if self.accumulate < 2:
+                raise ValueError("max_batch_size needs accumulate of at least 2: the noise scale is estimated from the "
+                                 f"gradients of a part and of the whole batch; got {self.accumulate}")
+            if self.max_batch_size < self.batch_size or self.max_batch_size % part != 0:
+                raise ValueError(f"max_batch_size must be a multiple of batch_size / accumulate = {part} and at least "
+                                 f"batch_size = {self.batch_size}, got {self.max_batch_size}")
+        if self.grow_at and self.keep_zeros:
+            raise ValueError("grow_at takes no keep_zeros: the branches of new blocks begin as zeros")
+        if self.grow_layers and self.coherence_every is not None:
+            raise ValueError("grow_layers takes no coherence_every: the averages are of a fixed number of layers")
+        model = self.model
+        for at, layers, width in self.growths:
+            try:
+                model = grown_config(model, layers=layers, width=width)
+            except ValueError as error:
+                raise ValueError(f"the model cannot grow at {at:g} of the budget: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as values that JSON can hold."""

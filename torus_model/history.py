@@ -50,11 +50,17 @@ class History:
             any, the terms of a teacher and of a mixture of experts.
         validation: the validation curve; the first point is the untrained model.
         coherence: of the layers over training, where it is measured.
+        batch_sizes, seq_lens: sequences, and tokens in each of them, of every training step.
+        noise_scales: estimate of the gradient noise scale after every step, in sequences, None where the estimate of
+            the true gradient's norm is not positive; empty where the batch does not follow it.
     """
 
     losses: list[float] = field(default_factory=list)
     validation: list[Validation] = field(default_factory=list)
     coherence: list[CoherencePoint] = field(default_factory=list)
+    batch_sizes: list[int] = field(default_factory=list)
+    seq_lens: list[int] = field(default_factory=list)
+    noise_scales: list[float | None] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as values that JSON can hold."""
@@ -66,7 +72,13 @@ class History:
         # Runs of bytes have been recorded without the perplexity.
         points = [{"perplexity": 2 ** point["bits_per_byte"]} | point for point in fields["validation"]]
         coherence = [CoherencePoint(**point) for point in fields.get("coherence", [])]
-        return cls(list(fields["losses"]), [Validation(**point) for point in points], coherence)
+        return cls(list(fields["losses"]), [Validation(**point) for point in points], coherence,
+                   *(list(fields.get(name, [])) for name in ("batch_sizes", "seq_lens", "noise_scales")))
+
+    @property
+    def tokens(self) -> int:
+        """Trained on in all steps."""
+        return sum(b * t for b, t in zip(self.batch_sizes, self.seq_lens, strict=True))
 
     @property
     def best(self) -> int | None:

@@ -59,6 +59,8 @@ class ModelConfig:
         ema_momentum: compound from layer to layer with momentum, as `MomentumCompounding`.
         ema_scales: time constants of the compounding; with more than one, as `MultiscaleCompounding`.
         adaptive_alpha: scale alpha by the coherence of earlier training steps (`torus_model.coherence`).
+        scheduled_alpha: multiply the rates of this blending by a factor, 1 at first, that training may set
+            (`TorusLM.set_alpha_factor`) and a checkpoint holds.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or value; the message names it.
@@ -88,6 +90,7 @@ class ModelConfig:
     ema_momentum: bool = False
     ema_scales: int = 1
     adaptive_alpha: bool = False
+    scheduled_alpha: bool = False
 
     def __post_init__(self) -> None:
         check_positive_integers(
@@ -190,11 +193,25 @@ class TorusLM(nn.Module):
             )
             for layer in range(config.layers)
         )
+        if config.scheduled_alpha:
+            self.schedule_alpha()
         self.norm = nn.RMSNorm(config.width)
         initialise(self.embedding, self.blocks, config.qk_gain)
         if config.graded_heads:
             for block in self.blocks:
                 block.attention.grade_heads()
+
+    def schedule_alpha(self) -> None:
+        """Makes this a model with ``scheduled_alpha``."""
+        self.config = dataclasses.replace(self.config, scheduled_alpha=True)
+        for block in self.blocks:
+            block.attention.schedule_alpha()
+
+    def set_alpha_factor(self, factor: float) -> None:
+        """Sets what every layer's alpha is multiplied by, in a model with ``scheduled_alpha``."""
+        for block in self.blocks:
+            if block.attention.scheduled_factor is not None:
+                block.attention.scheduled_factor.fill_(factor)
 
     def forward(
         self,

@@ -172,6 +172,7 @@ def train(
             # Gains stay in float32 under autocast, for which PyTorch has no fused norm.
             warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
             bar = stack.enter_context(_ProgressBar(run, progress and layout.is_first))
+            run.on_change = bar.write
             logs = config.tensorboard and layout.is_first
             log = stack.enter_context(TensorBoardLog(run_dir, run.step)) if logs else None
             if layout.is_first:  # called while the stack unwinds, also at an early end
@@ -230,8 +231,7 @@ class _ProgressBar:
     def __init__(self, run: Run, enabled: bool) -> None:
         config = run.config
         self._run, self._enabled = run, enabled
-        self._tokens_per_step = config.batch_size * config.seq_len
-        self._first_step, self._started = run.step, time.perf_counter()
+        self._first_tokens, self._started = run.tokens, time.perf_counter()
         self._bar = tqdm(
             total=config.steps or config.seconds,
             disable=None if enabled else True,  # None: off where stderr is not a terminal
@@ -249,8 +249,7 @@ class _ProgressBar:
         self._bar.close()
 
     def update(self, loss: float) -> None:
-        tokens = (self._run.step - self._first_step) * self._tokens_per_step
-        speed = tokens / (time.perf_counter() - self._started)
+        speed = (self._run.tokens - self._first_tokens) / (time.perf_counter() - self._started)
         self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         self._bar.update(self._run.progress * self._bar.total - self._bar.n)
 

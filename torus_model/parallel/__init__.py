@@ -25,13 +25,14 @@ LAYOUTS = ("ddp", "fsdp", "pipeline", "sequence")
 
 _RUNS_OF_ONE_PROCESS: dict[str, object] = {
     "freeze": (), "keep_zeros": False, "teacher": None, "coherence_every": None,
+    "curriculum": (), "max_batch_size": None, "grow_at": (), "alpha_schedule": None,
 }
 _MODELS_OF_ONE_PROCESS: dict[str, object] = {
     "experts": 1, "ema_momentum": False, "ema_scales": 1, "sinusoidal_positions": False, "adaptive_alpha": False,
 }
 """Fields of runs and models that layouts on several processes do not know, and their values without effect. A process
-would balance experts and measure coherence on its share alone, momentum and time constants make another state, and
-positions of a share of the tokens would begin anew."""
+would balance experts, and measure coherence and the noise of gradients, on its share alone, momentum and time constants
+make another state, and positions of a share of the tokens would begin anew."""
 
 
 def check_layout(name: str | None, size: int, config: TrainConfig) -> None:

@@ -68,7 +68,12 @@ class Layout:
                 loss = loss * (count / total)  # the parts' means weigh as their targets do
                 loss.backward()
                 mean += loss.item()
+                self.added(model, count / total, len(part))
         return mean
+
+    def added(self, model: TorusLM, share: float, sequences: int) -> None:
+        """Called when `gradients` has added the gradient of a part, which has this share of the batch's targets and
+        this many sequences; on one process only."""
 
     def clip(self, model: nn.Module, largest: float) -> None:
         """Scales the gradient down to the norm ``largest`` over all parameters of the run, those of other processes
