@@ -22,6 +22,7 @@ from . import (
     cpu,
     decode,
     demo,
+    dynamics,
     environment,
     field,
     generation,
@@ -38,7 +39,7 @@ from .report import ReportError
 from .show import markdown_of
 
 _COMMANDS = (cpu, growth, threads, decode, compare, precision, gpu, field, language, generation, coherence, scale,
-             transfer)
+             transfer, dynamics)
 _EXPECTED = (BackendError, CheckpointError, CompressionError, DataError, FieldDataError, OSError, ReportError,
              TrainingError, WrongResult, compare.ComparisonError)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from . import (
     coherence_report,
+    dynamics_report,
     field_report,
     fuzz_report,
     generation,
@@ -56,6 +57,8 @@ def markdown_of(path: Path) -> str:
         return transfer_report.markdown(transfer_report.TransferReport.load(path))
     if kind == scale_report.KIND:
         return scale_report.markdown(scale_report.ScaleReport.load(path))
+    if kind == dynamics_report.KIND:
+        return dynamics_report.markdown(dynamics_report.DynamicsReport.load(path))
     if kind == fuzz_report.KIND:
         return fuzz_report.markdown(path)
     return markdown_report(Report.load(path))
