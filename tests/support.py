@@ -61,6 +61,11 @@ class Backend:
         return self.dtypes[0]
 
     @property
+    def common_dtype(self) -> torch.dtype:
+        """float32 wherever the backend takes it."""
+        return torch.float32 if torch.float32 in self.dtypes else self.low_dtype
+
+    @property
     def low_dtype(self) -> torch.dtype:
         """A 16-bit dtype: bfloat16 wherever the backend takes it."""
         return self.dtypes[-1]

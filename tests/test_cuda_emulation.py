@@ -21,7 +21,8 @@ SELECTED = {
     "test_causal.py": "oldest_visible or one_token or first_key_in_64 or first_key_beyond "
                       "or (no_gradient or forgotten) and 2x2",
     "test_compounding.py": "not threads",
-    "test_decode.py": "every_step and (2x2 or 7x3) or groups_and_gates or test_subsets and (0-3-5 or 4-6)",
+    "test_decode.py": "every_step and (2x2 or 7x3) or groups_and_gates or test_subsets and (0-3-5 or 4-6) "
+                      "or negative or beyond",
     "test_cuda_backend.py": "cuda",
 }
 

@@ -27,16 +27,16 @@ class TestEqualsTheFullOperator:
     def test_heads_groups_and_gates(self, backend, batch, heads, kv_heads, state, token_gates):
         problem = causal(TorusLattice(3, 4, "causal", winding=2), 27, batch=batch, heads=heads, kv_heads=kv_heads,
                          state=state, token_weights=token_gates, token_alpha=token_gates)
-        check(backend, problem, torch.float32)
+        check(backend, problem, backend.common_dtype)
 
     def test_defaults(self, backend):
         problem = causal(LATTICES[0], 40).replace(stream_weights=None, decay=None, ema_state=None, ema_alpha=None)
-        check(backend, problem, torch.float32)
+        check(backend, problem, backend.common_dtype)
 
     @pytest.mark.parametrize("streams", [[s] for s in Stream] + [[0, 3, 5], [1, 2, 7], [4, 6]], ids=label)
     def test_subsets_of_streams(self, backend, streams):
         lattice = TorusLattice(5, 6, "causal", winding=2, cross_radius=(1, 2), streams=streams)
-        check(backend, causal(lattice, 64, token_weights=True), torch.float32)
+        check(backend, causal(lattice, 64, token_weights=True), backend.common_dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=label)
     @pytest.mark.parametrize("head_dim", [8, 24, 40, 64, 104, 256])
@@ -69,7 +69,7 @@ class TestEqualsTheFullOperator:
         (name, value), = change.items()
         if name != "scale":
             value = torch.full_like(getattr(problem, name), value)
-        check(backend, problem.replace(**{name: value}), torch.float32)
+        check(backend, problem.replace(**{name: value}), backend.common_dtype)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_memory_layouts(self, backend, layout):
@@ -110,7 +110,7 @@ class TestFirstKey:
             "recent": torch.stack([t - 1, t - 4, t - 19]),
         }[kind].to(dtype)
         problem = causal(self.LATTICE, self.SEQ_LEN, batch=3, heads=4, kv_heads=2).replace(first_key=first_key)
-        check(backend, problem, torch.float32)
+        check(backend, problem, backend.common_dtype)
 
     def test_left_padding_equals_the_sequence_without_it(self, backend):
         padding, seq_len = 9, 40
