@@ -24,6 +24,8 @@ SLOW_CASES = {
     "checkpointed": {"activation_checkpointing": True},
     "low": {"autocast": True, "pack_documents": False, "model": {"vocab_size": 256}},
     "many parts": {"accumulate": 4},
+    "no state": {"model": {"compounding": False}},
+    "other positions": {"model": {"rotary": "sequence", "graded_heads": True, "qk_gain": 2.0}},
     "fewer streams": {"model": {"streams": ("major_forward", "minor_backward", "spiral_cw")}},
 }
 

@@ -9,8 +9,6 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
-from torch.distributed import DistError
-
 from torus_kernels import BackendError
 
 from .checkpoint import CheckpointError
@@ -25,6 +23,10 @@ from .run import TrainingError
 from .tokenizer import TokenizerError
 
 _COMMANDS = {"tokenizer": tokenizer, "train": train, "evaluate": evaluate, "compress": compress, "generate": generate}
+_EXPECTED: tuple[type[Exception], ...] = (
+    BackendError, CheckpointError, CompressionError, DataError, FieldDataError, SolverError, TokenizerError,
+    TrainingError, OSError, *processes.ERRORS,
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,10 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
                     sys.exit(2)  # the first process says it
                 parser.error(str(error))
             run()
-    except (
-        BackendError, CheckpointError, CompressionError, DataError, FieldDataError, SolverError, TokenizerError,
-        TrainingError, OSError, DistError,
-    ) as error:
+    except _EXPECTED as error:
         parser.error(f"process {processes.rank()}: {error}" if processes.rank() > 0 else str(error))
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted\n")

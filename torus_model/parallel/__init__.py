@@ -9,6 +9,7 @@ layout continues under any other.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from . import processes
@@ -23,16 +24,20 @@ LAYOUTS = ("ddp", "fsdp", "pipeline", "sequence")
 """Names of the layouts on several processes."""
 
 
-_RUNS_OF_ONE_PROCESS: dict[str, object] = {
-    "freeze": (), "keep_zeros": False, "teacher": None, "coherence_every": None,
-    "curriculum": (), "max_batch_size": None, "grow_at": (), "alpha_schedule": None,
+_FIELDS_OF_RUNS = {
+    "model", "steps", "seconds", "data", "max_bytes", "tokenizer", "pack_documents", "validation_fraction",
+    "test_fraction", "seq_len", "batch_size", "learning_rate", "warmup", "final_learning_rate", "accumulate",
+    "autocast", "activation_checkpointing", "weight_decay", "clip", "validations", "validation_windows", "patience",
+    "tensorboard", "seed", "backend", "schedule", "milestones", "milestone_factor", "layer_decay", "initial",
 }
-_MODELS_OF_ONE_PROCESS: dict[str, object] = {
-    "experts": 1, "ema_momentum": False, "ema_scales": 1, "sinusoidal_positions": False, "adaptive_alpha": False,
+_FIELDS_OF_MODELS = {
+    "vocab_size", "width", "layers", "heads", "kv_heads", "ff_width", "n_major", "n_minor", "winding", "cross_radius",
+    "streams", "token_gated", "dropout", "compounding", "rotary", "graded_heads", "qk_gain",
 }
-"""Fields of runs and models that layouts on several processes do not know, and their values without effect. A process
-would balance experts, and measure coherence and the noise of gradients, on its share alone, momentum and time constants
-make another state, and positions of a share of the tokens would begin anew."""
+"""What the layouts on several processes know; they refuse every other option, which might make another run of it. A
+process would balance experts, and measure coherence and the noise of gradients, on its share alone, momentum and time
+constants of the compounding make another state, positions of a share of the tokens would begin anew, and a model or a
+batch that grows would have to be laid out again."""
 
 
 def check_layout(name: str | None, size: int, config: TrainConfig) -> None:
@@ -44,7 +49,7 @@ def check_layout(name: str | None, size: int, config: TrainConfig) -> None:
         config: the run.
 
     Raises:
-        ValueError: the message names the field, what it is and what it must be.
+        ValueError: it does not divide, or has an option that is for one process; the message names the field.
     """
     if name is None:
         if size > 1:
@@ -55,10 +60,10 @@ def check_layout(name: str | None, size: int, config: TrainConfig) -> None:
     if size == 1:
         return
     model, rows = config.model, config.batch_size // config.accumulate
-    for of, plain in ((config, _RUNS_OF_ONE_PROCESS), (model, _MODELS_OF_ONE_PROCESS)):
-        for field, value in plain.items():
-            if (got := getattr(of, field)) != value:
-                raise ValueError(f"{field} must be {value!r} on several processes, got {got!r}")
+    for options, known in ((config, _FIELDS_OF_RUNS), (model, _FIELDS_OF_MODELS)):
+        for field in dataclasses.fields(options):
+            if field.name not in known and (value := getattr(options, field.name)) != field.default:
+                raise ValueError(f"{field.name} must be {field.default!r} on several processes, got {value!r}")
     if name == "pipeline":
         if config.layer_decay != 1:
             raise ValueError(f"layer_decay must be 1 in a pipeline, whose stages do not know each other's depth, got "
@@ -67,9 +72,9 @@ def check_layout(name: str | None, size: int, config: TrainConfig) -> None:
             raise ValueError(f"layers must be at least the {size} processes of the pipeline, got {model.layers}")
     elif name == "sequence":
         kv_heads = model.heads if model.kv_heads is None else model.kv_heads
-        for field, value in (("seq_len", config.seq_len), ("heads", model.heads), ("kv_heads", kv_heads)):
+        for dimension, value in (("seq_len", config.seq_len), ("heads", model.heads), ("kv_heads", kv_heads)):
             if value % size != 0:
-                raise ValueError(f"{field} must be a multiple of the {size} processes, got {value}")
+                raise ValueError(f"{dimension} must be a multiple of the {size} processes, got {value}")
     elif rows % size != 0:
         raise ValueError(f"batch_size / accumulate must be a multiple of the {size} processes, got "
                          f"{config.batch_size} / {config.accumulate}")

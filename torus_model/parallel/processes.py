@@ -13,10 +13,13 @@ import torch.distributed as dist
 TIMEOUT = datetime.timedelta(minutes=30)
 """How long a process waits for the others before it fails; the first one may have a text to tokenise meanwhile."""
 
+ERRORS: tuple[type[Exception], ...] = (dist.DistError,) if dist.is_available() else ()
+"""What is raised where processes do not find each other, or lose each other."""
+
 
 def launched() -> int | None:
     """How many processes ``torchrun`` started, or None outside it; reads ``WORLD_SIZE``, and needs no process group."""
-    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else None
+    return int(os.environ["WORLD_SIZE"]) if dist.is_available() and dist.is_torchelastic_launched() else None
 
 
 def count() -> int:
