@@ -124,7 +124,9 @@ def _tokens(number: float) -> str:
 
 def markdown(report: ScaleReport) -> str:
     """The tables of the documentation, and how they were made."""
-    t = report.training
+    t, machine = report.training, report.machine
+    is_busy = (machine["load_average"] or 0) > machine["cores"]
+    busy = " Other programs had the cores most of the time: the times say nothing here." if is_busy else ""
     return (
         f"{grid(report).markdown()}\n\nA model of width {t['width']} with {t['layers']} layers in float32, "
         f"{t['batch']} sequences of {t['seq_len']} tokens a step in {t['parts']} parts, {t['steps']} steps, the same "
@@ -132,7 +134,7 @@ def markdown(report: ScaleReport) -> str:
         "memory and caches: the times say what the layouts cost here, and nothing of other machines. The losses' "
         "largest relative difference is from those of one process; a number for each process where they differ; "
         "times are medians of steps that took turns. Bytes are those of one step, collectives counted as rings. "
-        f"{environment.describe(report.machine)}.\n\n{tokens_grid(report).markdown()}\n\nTokens per process and step "
+        f"{environment.describe(machine)}.{busy}\n\n{tokens_grid(report).markdown()}\n\nTokens per process and step "
         "(under `fsdp`, and part) from on which the arithmetic lets sending hide behind computing, not a measurement: "
         "the size `gpt2` under autocast on 8 processes, gradients and parameters sent in float32, for "
         f"{RATE / 1e12:g} TFLOP/s a process and links of these nominal rates. *any*: nothing that is sent is "

@@ -100,6 +100,7 @@ def train(config: TrainConfig, name: str, path: Path) -> dict:
         seen["weights"] = local_numbers(run.model.parameters())
         seen["moments"] = local_numbers(s["exp_avg"] for s in run.optimizer.state.values())
         seen["bits"] = run.validate().bits_per_byte
+        seen["random"] = torch.rand(()).item()
     finally:
         attention_module.torus_attention = operator
     return seen | {"losses": run.history.losses, "end": weights_of(run)}

@@ -9,10 +9,10 @@ from benchmarking import printed
 from processes import MODEL, make_config, write_text
 
 from benchmarks import __main__ as command_line
-from benchmarks import scale
+from benchmarks import environment, scale
 from benchmarks.report import ReportError
 from benchmarks.scale_arithmetic import LINKS, Step, least_tokens
-from benchmarks.scale_report import SINGLE, ScaleReport, markdown
+from benchmarks.scale_report import SINGLE, Measured, ScaleReport, markdown
 from torus_model import TorusLM
 from torus_model.config import SIZES
 from torus_model.parallel import LAYOUTS
@@ -71,6 +71,15 @@ def test_report_counts_what_the_formulas_say_and_survives_its_file(tmp_path, cap
     assert sum(run.weights for run in report.runs["fsdp"]) == single.weights
     command_line.main(["table", str(path)])
     assert capsys.readouterr().out == markdown(report) + "\n"
+
+
+@pytest.mark.parametrize(("load", "is_busy"), [(0.5, False), (9.0, True), (None, False)])
+def test_times_of_a_busy_machine_are_said_to_say_nothing(load, is_busy):
+    machine = environment.machine() | {"cores": 2, "load_average": load}
+    run = Measured([1.0, 1.0], 1, 2, 3.0, [0.1])
+    report = ScaleReport(machine, dict.fromkeys(("batch", "seq_len", "parts", "steps", "processes", "width", "layers"),
+                                                1), {SINGLE: [run]}, {})
+    assert ("the times say nothing" in markdown(report)) == is_busy
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"kind": "scale", "format": 2}', '{"kind": "scale", "format": 1}'])

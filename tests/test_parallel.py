@@ -123,6 +123,13 @@ def test_a_process_of_sequence_parallelism_has_half_of_the_tokens_and_runs_half_
     assert set(ranks[0]["gated", SINGLE]["heads"]) == {(MODEL.heads, MODEL.kv_heads, 20)}
 
 
+def test_every_process_of_a_layout_has_random_numbers_of_its_own(ranks):
+    """For dropout; the first one's are those of one process."""
+    for layout in LAYOUTS:
+        first, second = (rank["gated", layout]["random"] for rank in ranks)
+        assert first == ranks[0]["gated", SINGLE]["random"] != second
+
+
 def assert_goes_on(ranks, begun, continued):
     expected, found = ranks[0]["gated", SINGLE], ranks[0][begun, continued]
     assert found["losses"] == pytest.approx(expected["losses"], rel=ROUNDING)
