@@ -118,18 +118,20 @@ def resume(config: TrainConfig, path: Path, name: str) -> dict:
 def work(rank: int, folder: str, cases: dict[str, TrainConfig], resumed: list[tuple[str, str]]) -> None:
     """One of the processes: every case in every layout, then the first case's checkpoints continued elsewhere.
 
-    All in float64: what differs from one process by more than its roundings is another step.
+    All in float64, which autocast leaves alone, unless there is autocast: what differs from one process by more than
+    the roundings of float64 is another step.
     """
     torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     found = {}
     for case, config in cases.items():
+        torch.set_default_dtype(torch.float32 if config.autocast else torch.float64)
         for name in ANY:
             found[case, name] = train(config, name, Path(folder, f"{case}-{name}.safetensors"))
     dist.barrier()
     first = next(iter(cases))
+    torch.set_default_dtype(torch.float64)
     for begun, continued in resumed:
         path = Path(folder, f"{first}-{begun}.safetensors")
         found[begun, continued] = resume(cases[first], path, continued)

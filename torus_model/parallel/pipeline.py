@@ -119,7 +119,7 @@ class Pipeline(ManyProcesses):
         """A schedule for batches ``[B, T]`` of this shape: the stages agree beforehand on what they will receive."""
         config, rows, length = self._stage.model.config, shape[0] // micro_batches, shape[1]
         dtype = next(self._stage.parameters()).dtype
-        low = torch.bfloat16 if autocast else dtype
+        low = torch.bfloat16 if autocast and dtype != torch.float64 else dtype  # which autocast leaves alone
 
         def like(*sizes: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(sizes, dtype=dtype, device="meta", requires_grad=training and dtype.is_floating_point)
