@@ -77,6 +77,7 @@ def test_several_processes_need_a_layout(text, tmp_path, capsys, monkeypatch):
     ("sequence", 2, {"freeze": ("embedding",)}, "freeze must be .* on several processes, got .*embedding"),
     ("ddp", 2, {"model": {"experts": 2}}, "experts must be 1 on several processes, got 2"),
     ("pipeline", 2, {"model": {"ema_momentum": True}}, "ema_momentum must be False on several processes"),
+    ("ddp", 2, {"max_batch_size": 16}, "max_batch_size must be None on several processes, got 16"),
     ("fsdp", 2, {"coherence_every": 1}, "coherence_every must be None on several processes, got 1"),
     ("rows", 2, {}, "parallel must be one of ddp, fsdp, pipeline, sequence, got 'rows'"),
 ])
