@@ -183,6 +183,34 @@ class TestAttention:
             assert max(found) <= limits.get(kernel, MAX_PER_SCORE), (kernel, found)
 
 
+class TestLaunches:
+    @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+    def test_calls_of_one_size_are_planned_once(self, backward, monkeypatch):
+        from torus_kernels.backends.triton.backward.launch import _plan as backward_plan
+        from torus_kernels.backends.triton.forward.launch import _plan as forward_plan
+
+        workload, plan = WORKLOADS["seed-512"], backward_plan if backward else forward_plan
+        launched = []
+        monkeypatch.setattr("triton.runtime.jit.JITFunction.run", lambda self, *args, **options: launched.append(self))
+        with sass._pretended_device(90):
+            for _ in range(3):
+                sass.launch_attention(workload, torch.bfloat16, backward=backward)
+            assert plan.cache_info()[:2] == (2, 1)  # hits, misses
+        assert len(launched) > 0
+        assert launched == 3 * launched[:len(launched) // 3]
+
+    @pytest.mark.parametrize("radius", [(3, 7), (7, 3), (2, 2)])
+    def test_a_cross_flow_is_walked_along_its_short_axis(self, radius):
+        from torus_kernels.backends.triton.launching import cross_flows
+
+        for flow in cross_flows(TorusLattice(64, 64, cross_radius=radius), 64 * 64):
+            _, _, a_lo, a_hi, b_lo, b_hi, _, _ = flow.arguments
+            steps = a_hi - a_lo if flow.by_rows else b_hi - b_lo
+            assert steps == 2 * min(radius)
+            assert flow.width == 1 + 2 * max(radius)
+            assert flow.tile(4, 16) == ((4, 16) if flow.by_rows else (16, 4))
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 

@@ -47,8 +47,6 @@ OPEN_PAST = tl.constexpr(1)  # causal: keys behind the query only
 OPEN_BOTH = tl.constexpr(2)  # the cylinder's major axis: keys on either side
 
 NUM_STREAMS = tl.constexpr(NUM_STREAMS)
-CROSS_U_TO_V = tl.constexpr(Stream.cross_u_to_v.value)
-CROSS_V_TO_U = tl.constexpr(Stream.cross_v_to_u.value)
 
 
 class LineFamily(NamedTuple):
