@@ -36,6 +36,9 @@ PER_SCORE_OF_OTHERS = {"lines_kernel": 30, "cross_kernel": 24, "lines_by_queries
 SPILLS_SO_FAR = {("lines_kernel", 80): 16}
 """Spilling instructions by kernel and compute capability, where there are any: in a folded loop of 1491."""
 
+SPILLS_OF_WIDE_HEADS = {("cross_by_queries", 80): 202, ("cross_by_keys", 80): 105}
+"""The same with D = 128."""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _disassembler():
@@ -157,8 +160,9 @@ ATTENTION = [
 @pytest.mark.parametrize("name, dtype", ATTENTION)
 class TestAttention:
     def test_resources(self, name, dtype, backward, capability):
+        allowed = SPILLS_OF_WIDE_HEADS if WORKLOADS[name].head_dim > 64 else SPILLS_SO_FAR
         for code in attention_codes(name, dtype, backward, capability):
-            check_resources(code, capability, SPILLS_SO_FAR.get((code.name, capability), 0))
+            check_resources(code, capability, allowed.get((code.name, capability), 0))
 
     def test_16_bit_scores_are_made_by_tensor_cores(self, name, dtype, backward, capability):
         if dtype == torch.float32:

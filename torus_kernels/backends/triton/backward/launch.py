@@ -97,7 +97,7 @@ def line_launches(lattice: TorusLattice, seq_len: int, head_dim: int, dtype: tor
 def cross_launch(width: int, head_dim: int, dtype: torch.dtype) -> CrossLaunch:
     """Tiles 16 sites long, and steps as long as a tile with its halo, or half, where the window is ``width`` long."""
     wide, along = block_d(head_dim), 16
-    across = 1 if wide > 128 else 2 if dtype == torch.float32 or wide > 64 else 4
+    across = 1 if wide > 128 else 2 if dtype == torch.float32 else 4
     limit = 32 if wide <= (128 if dtype != torch.float32 else 64) else 16
     return CrossLaunch(across, along, _power(along + width - 1, limit), 4, 2 if wide <= 64 else 1)
 
