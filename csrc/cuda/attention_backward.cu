@@ -43,7 +43,7 @@ void attention_backward(const AttentionBackward& problem, const Device& device) 
 
   const int64_t rows = in.seq_len * kNumStreams, sums = by_queries.count > 1 ? tokens : 0;
   const int64_t bytes_per_head = (group * (3 * rows + sums) + 2 * sums) * static_cast<int64_t>(sizeof(float));
-  const int64_t chunk = heads_of_chunk(kv_heads, bytes_per_head, device);
+  const int64_t chunk = heads_of_chunk(kv_heads, group, bytes_per_head, device);
   by_queries.fill_tables(in, device);
   for (float** numbers : {&arguments.rows.delta, &arguments.rows.gate, &arguments.rows.decay})
     *numbers = Plan::allocate<float>(device, chunk * group * rows);

@@ -26,10 +26,11 @@ void attention_forward(const AttentionForward& problem, const Device& device) {
   ForwardArguments arguments{operands_of(in), problem.out, static_cast<float*>(problem.lse),
                              static_cast<float*>(problem.entropy), nullptr};
   const int64_t heads = in.batch * in.heads, statistics = heads * in.seq_len * kNumStreams;
-  if (arguments.lse != nullptr) FillKernel::fill(arguments.lse, statistics, -__builtin_huge_valf(), device);
-  if (arguments.entropy != nullptr) FillKernel::fill(arguments.entropy, statistics, 0.0f, device);
+  const bool all = in.lattice.streams == (1 << kNumStreams) - 1;
+  if (arguments.lse != nullptr && !all) FillKernel::fill(arguments.lse, statistics, -__builtin_huge_valf(), device);
+  if (arguments.entropy != nullptr && !all) FillKernel::fill(arguments.entropy, statistics, 0.0f, device);
 
-  const int64_t chunk = heads_of_chunk(heads, arguments.in.tokens() * static_cast<int64_t>(sizeof(float)), device);
+  const int64_t chunk = heads_of_chunk(heads, 1, arguments.in.tokens() * static_cast<int64_t>(sizeof(float)), device);
   arguments.y = Plan::allocate<float>(device, plan.count > 1 ? chunk * arguments.in.tokens() : 0);
   dispatch(in, [&](auto element, auto dim) {
     using E = decltype(element);

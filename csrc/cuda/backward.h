@@ -63,10 +63,9 @@ template <class E, int D>
 TORUS_DEVICE void write_gradient(const Operands& in, float* workspace, E* rows, int64_t stride, const OwnRows& own,
                                  const Sum (&sums)[D / kColumns], float factor) {
   add_rows<D>(in, workspace, own.token, sums,
-              [&](int, const Lane<int>& token, const Lane<int>& column, const Lane<bool>& where, const Lane<float>& low,
+              [&](int, const Lane<int>& token, const Lane<int>& pair, const Lane<bool>& where, const Lane<float>& low,
                   const Lane<float>& high) {
-                const Lane<int64_t> element = cast<int64_t>(token) * stride + cast<int64_t>(column);
-                store_pair(rows, element, low * factor, high * factor, where);
+                store_pair(rows, pair_index(token, stride, pair), low * factor, high * factor, where);
               });
 }
 

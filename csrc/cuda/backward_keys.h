@@ -80,7 +80,7 @@ struct KeyGradientsKernel {
               multiply_rows(scores, key, tile(buffer, 0), row0);
               multiply_rows(d_probs, value, tile(buffer, 1), row0);
               if (in.first_key != nullptr || other.count < kOtherRows)
-                hide<true>(scores, own.token, oldest(buffer), row0);
+                hide<true>(scores, own.token, oldest(buffer), row0, in.scale2);
               zero_sums(mixed);
               zero_sums(d_scores);
               TORUS_UNROLL

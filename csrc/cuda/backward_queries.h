@@ -77,7 +77,8 @@ struct QueryGradientsKernel {
           Sum scores[kChunkTiles], d_probs[kChunkTiles];
           multiply_rows(scores, query, tile(buffer, 0), row0);
           multiply_rows(d_probs, d_out, tile(buffer, 1), row0);
-          if (in.first_key != nullptr || other.count < kOtherRows) hide<false>(scores, oldest, tokens(buffer), row0);
+          if (in.first_key != nullptr || other.count < kOtherRows)
+            hide<false>(scores, oldest, tokens(buffer), row0, in.scale2);
           visit(buffer, row0, scores, d_probs);
         }
       });

@@ -136,7 +136,8 @@ struct ForwardKernel {
           if (!slices.fill(in, warp, own, other, slope)) return;
           Sum scores[kTilesOfOthers];
           multiply_rows(scores, query, tile(buffer, 0), 0);
-          if (in.first_key != nullptr || other.count < kOtherRows) hide<false>(scores, oldest, tokens(buffer), 0);
+          if (in.first_key != nullptr || other.count < kOtherRows)
+            hide<false>(scores, oldest, tokens(buffer), 0, in.scale2);
           TORUS_UNROLL
           for (int k = 0; k < kStreams; ++k)
             if (slices.seen[k])
@@ -195,17 +196,16 @@ struct ForwardKernel {
     for (int half = 0; half < 2; ++half)
       alpha[half] = in.ends && compounds ? load_parameter(in.alpha, head, own.token[half], 0) : Lane<float>(1.0f);
     add_rows<D>(in, arguments.y + head.local * in.tokens(), own.token, y,
-                [&](int half, const Lane<int>& token, const Lane<int>& column, const Lane<bool>& where, Lane<float> low,
+                [&](int half, const Lane<int>& token, const Lane<int>& pair, const Lane<bool>& where, Lane<float> low,
                     Lane<float> high) {
-                  const Lane<int64_t> row = cast<int64_t>(token), offset = cast<int64_t>(column);
                   if (compounds) {
-                    const Lane<uint32_t> pair = load_pair(state, row * in.state.token + offset, where);
-                    const Lane<float> low_before = map([](uint32_t x) { return low_of<E>(x); }, pair);
-                    const Lane<float> high_before = map([](uint32_t x) { return high_of<E>(x); }, pair);
+                    const auto before = load_pair(state, pair_index(token, in.state.token, pair), where);
+                    const Lane<float> low_before = map([](uint32_t x) { return low_of<E>(x); }, before);
+                    const Lane<float> high_before = map([](uint32_t x) { return high_of<E>(x); }, before);
                     low = low_before + alpha[half] * (low - low_before);
                     high = high_before + alpha[half] * (high - high_before);
                   }
-                  store_pair(out, row * arguments.out.token + offset, low, high, where);
+                  store_pair(out, pair_index(token, arguments.out.token, pair), low, high, where);
                 });
   }
 };

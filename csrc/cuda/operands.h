@@ -21,7 +21,7 @@ struct Operands {
   Schedule schedule;
   Heads heads;
   int seq_len, head_dim;
-  float scale, scale2;          // of scores; the second in base 2
+  float scale, scale2;          // of scores; the second in base 2, and not 0
   Tokens q, k, v, state, d_out; // of E
   Parameter weights, decay, alpha;
   const int64_t* first_key;     // [B, T] or null

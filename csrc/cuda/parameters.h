@@ -58,17 +58,17 @@ struct TokenGradientsKernel {
 
       Lane<float> products = select(of_weights, weight * delta, 0.0f);
       for (int column = 0; column < in.head_dim; column += 2 * kWarpLanes) {
-        const Lane<int64_t> element = cast<int64_t>(lane * 2 + column);
+        const Lane<int> pair = lane + column / 2;
         const Lane<bool> where = lane * 2 + column < in.head_dim;
-        const Lane<uint32_t> gradient = load_pair(d_out, element + t * in.d_out.token, where);
-        const Lane<uint32_t> before = load_pair(state, element + t * in.state.token, where);
+        const Lane<uint32_t> gradient = load_pair(d_out, pair_index(t, in.d_out.token, pair), where);
+        const Lane<uint32_t> before = load_pair(state, pair_index(t, in.state.token, pair), where);
         const auto product = [](uint32_t x, uint32_t y) {
           return low_of<E>(x) * low_of<E>(y) + high_of<E>(x) * high_of<E>(y);
         };
         products = products - map(product, gradient, before);
         const auto keep_low = [](float rate, uint32_t x) { return low_of<E>(x) - rate * low_of<E>(x); };
         const auto keep_high = [](float rate, uint32_t x) { return high_of<E>(x) - rate * high_of<E>(x); };
-        store_pair(d_state, element + t * arguments.d_state.token, map(keep_low, alpha, gradient),
+        store_pair(d_state, pair_index(t, arguments.d_state.token, pair), map(keep_low, alpha, gradient),
                    map(keep_high, alpha, gradient), where);
       }
       const Lane<float> d_alpha = sum_of_lanes(products);

@@ -2,6 +2,8 @@
 // off in. Streams of a head run family by family into one sum, in a fixed order, so that results repeat to the bit.
 #pragma once
 
+#include <limits>
+
 #include "operands.h"
 #include "tables.h"
 
@@ -47,6 +49,8 @@ inline Operands operands_of(const AttentionInputs& in) {
   operands.head_dim = static_cast<int>(in.head_dim);
   operands.scale = static_cast<float>(in.scale);
   operands.scale2 = static_cast<float>(in.scale * static_cast<double>(kLog2e));
+  // Products with the score of a hidden pair must be -inf.
+  if (operands.scale2 == 0.0f) operands.scale2 = std::numeric_limits<float>::min();
   operands.q = in.q, operands.k = in.k, operands.v = in.v, operands.state = in.state;
   operands.weights = in.weights, operands.decay = in.decay, operands.alpha = in.alpha;
   operands.first_key = in.first_key;
@@ -61,9 +65,12 @@ inline void check_supported(const AttentionInputs& in) {
         std::to_string(kMaxHeadDim) + " and up to 2^30 tokens");
 }
 
-// Heads that a chunk has where each needs so many bytes of workspace: as many as half the cache holds.
-inline int64_t heads_of_chunk(int64_t heads, int64_t bytes_per_head, const Device& device) {
-  return max_of(1, min_of(heads, device.cache_bytes / 2 / max_of(1, bytes_per_head)));
+// Heads that a chunk has where each needs so many bytes of workspace: as many as half the cache holds, and a grid's
+// second dimension, where each has `group` blocks of it.
+inline int64_t heads_of_chunk(int64_t heads, int64_t group, int64_t bytes_per_head, const Device& device) {
+  constexpr int64_t kMaxGrid = 65535;
+  const int64_t cached = device.cache_bytes / 2 / max_of(1, bytes_per_head);
+  return max_of(1, min_of(heads, min_of(cached, kMaxGrid / group)));
 }
 
 // body(element, integral_constant<int, D>) for the element type and the smallest D that has room for head_dim.

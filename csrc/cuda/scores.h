@@ -145,11 +145,13 @@ TORUS_UNROLL
   }
 };
 
-// Scores of pairs that do not exist, or that first_key hides, become -inf. A query sees keys from its oldest on:
-// own rows are queries and `of_others` the others' tokens, or, mirrored, own rows are keys and `of_others` the
-// others' oldest keys.
+// Scores of pairs that do not exist, or that first_key hides, become -inf once they are scaled. A query sees keys
+// from its oldest on: own rows are queries and `of_others` the others' tokens, or, mirrored, own rows are keys and
+// `of_others` the others' oldest keys.
 template <bool kMirrored, int kTiles>
-TORUS_DEVICE void hide(Sum (&scores)[kTiles], const Lane<int> (&of_own)[2], const Shared<int>& of_others, int row0) {
+TORUS_DEVICE void hide(Sum (&scores)[kTiles], const Lane<int> (&of_own)[2], const Shared<int>& of_others, int row0,
+                       float scale2) {
+  const float hidden = scale2 < 0.0f ? -kNegativeInfinity : kNegativeInfinity;
 TORUS_UNROLL
   for (int t = 0; t < kTiles; ++t)
 TORUS_UNROLL
@@ -158,13 +160,30 @@ TORUS_UNROLL
 TORUS_UNROLL
       for (int half = 0; half < 2; ++half) {
         const Lane<bool> seen = kMirrored ? of_own[half] >= theirs : theirs >= of_own[half];
-        scores[t].value[2 * half + i] = select(seen, scores[t].value[2 * half + i], kNegativeInfinity);
+        scores[t].value[2 * half + i] = select(seen, scores[t].value[2 * half + i], hidden);
       }
     }
 }
 
+// Index of a pair of columns of a token's row, counted in pairs; strides are even.
+TORUS_DEVICE Lane<int64_t> pair_index(const Lane<int>& token, int64_t stride, const Lane<int>& pair) {
+  return cast<int64_t>(token) * (stride / 2) + cast<int64_t>(pair);
+}
+
+// Two neighbouring elements of a token's row.
+template <class E>
+TORUS_DEVICE Lane<uint32_t> load_pair(const E* rows, const Lane<int64_t>& at, const Lane<bool>& where) {
+  return load(reinterpret_cast<const uint32_t*>(rows), at, where, 0u);
+}
+template <class E>
+TORUS_DEVICE void store_pair(E* rows, const Lane<int64_t>& at, const Lane<float>& low, const Lane<float>& high,
+                             const Lane<bool>& where) {
+  store(reinterpret_cast<uint32_t*>(rows), at, map([](float x, float y) { return pack_pair<E>(x, y); }, low, high),
+        where);
+}
+
 // Adds rows of float32 sums [16, D] up in a workspace of [T, head_dim], or, where they are complete, hands them on:
-// finish(half, token, column, where, low, high) of two neighbouring columns.
+// finish(half, token, pair, where, low, high) of columns 2 pair and 2 pair + 1.
 template <int D, class Finish>
 TORUS_DEVICE void add_rows(const Operands& in, float* workspace, const Lane<int> (&token)[2],
                            const Sum (&sums)[D / kColumns], Finish finish) {
@@ -172,39 +191,28 @@ TORUS_DEVICE void add_rows(const Operands& in, float* workspace, const Lane<int>
     float low, high;
   };
   Pair* const pairs = reinterpret_cast<Pair*>(workspace);
-TORUS_UNROLL
+  TORUS_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const Lane<int64_t> row = cast<int64_t>(token[half]) * static_cast<int64_t>(in.head_dim);
-TORUS_UNROLL
+    const Lane<bool> exists = token[half] >= 0;
+    TORUS_UNROLL
     for (int t = 0; t < D / kColumns; ++t) {
-      const Lane<int> column = fragment_member() * 2 + t * kColumns;
-      const Lane<bool> where = token[half] >= 0 && column < in.head_dim;
-      const Lane<int64_t> at = (row + cast<int64_t>(column)) / int64_t{2};
+      const Lane<int> pair = fragment_member() + t * (kColumns / 2);
+      // Columns beyond head_dim, a multiple of kColumns, are missing in all lanes.
+      const Lane<bool> where = exists && t * kColumns < in.head_dim;
+      const Lane<int64_t> at = pair_index(token[half], in.head_dim, pair);
       Lane<float> low = sums[t].value[2 * half], high = sums[t].value[2 * half + 1];
       if (!in.begins) {
         const Lane<Pair> before = load(pairs, at, where, Pair{0.0f, 0.0f});
-        low = low + map([](Pair pair) { return pair.low; }, before);
-        high = high + map([](Pair pair) { return pair.high; }, before);
+        low = low + map([](Pair two) { return two.low; }, before);
+        high = high + map([](Pair two) { return two.high; }, before);
       }
       if (in.ends) {
-        finish(half, token[half], column, where, low, high);
+        finish(half, token[half], pair, where, low, high);
       } else {
         store(pairs, at, map([](float x, float y) { return Pair{x, y}; }, low, high), where);
       }
     }
   }
-}
-
-// Two neighbouring elements of rows of tokens.
-template <class E>
-TORUS_DEVICE Lane<uint32_t> load_pair(const E* rows, const Lane<int64_t>& element, const Lane<bool>& where) {
-  return load(reinterpret_cast<const uint32_t*>(rows), element / int64_t{2}, where, 0u);
-}
-template <class E>
-TORUS_DEVICE void store_pair(E* rows, const Lane<int64_t>& element, const Lane<float>& low, const Lane<float>& high,
-                             const Lane<bool>& where) {
-  store(reinterpret_cast<uint32_t*>(rows), element / int64_t{2},
-        map([](float x, float y) { return pack_pair<E>(x, y); }, low, high), where);
 }
 
 }  // namespace torus::cuda

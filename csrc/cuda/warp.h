@@ -22,12 +22,11 @@ struct Shared {
   TORUS_DEVICE void store(int index, std::type_identity_t<T> value, bool where) const {
     if (where) data[index] = value;
   }
-  // Begins to copy 16 bytes from `from` to the elements at `index`, or zeros where it is null.
-  TORUS_DEVICE void copy_async(int index, const T* from) const {
+  // Begins to copy 16 bytes from `from` to the elements at `index`, or zeros where not `there`.
+  TORUS_DEVICE void copy_async(int index, const T* from, bool there) const {
     const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(data + index));
-    const int size = from != nullptr ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to),
-                 "l"(__cvta_generic_to_global(from != nullptr ? from : reinterpret_cast<const T*>(data))), "r"(size)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
+                 "r"(there ? 16 : 0)
                  : "memory");
   }
 };
@@ -110,7 +109,7 @@ template <class T>
 TORUS_DEVICE void copy_async(const Shared<T>& to, const Lane<int>& index, const T* base, const Lane<int64_t>& source,
                              const Lane<bool>& there, const Lane<bool>& wanted) {
 #if defined(__CUDACC__)
-  if (wanted) to.copy_async(index, there ? base + source : nullptr);
+  if (wanted) to.copy_async(index, base + (there ? source : 0), there);
 #else
   for (int i = 0; i < kWarpLanes; ++i)
     if (wanted[i]) to.copy_async(i, index[i], there[i] ? base + source[i] : nullptr);
