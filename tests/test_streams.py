@@ -88,7 +88,7 @@ def test_statistics_with_packed_documents(backend):
 def test_one_visible_key(backend, scale):
     problem = make_problem(TorusLattice(3, 4, "causal"), 1, batch=2).to(backend.exact_dtype, backend.device)
     _, stats = backend.attention_with_stats(**problem.replace(scale=scale).arguments())
-    score = (problem.q * problem.k).sum(dim=-1) * (8**-0.5 if scale is None else scale)
+    score = (problem.q.double() * problem.k.double()).sum(dim=-1) * (8**-0.5 if scale is None else scale)
     assert_same_up_to_rounding(stats.lse, score.float()[..., None].expand_as(stats.lse), ulps=4)
     assert (stats.entropy == 0).all()
 
