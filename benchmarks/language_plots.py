@@ -57,13 +57,15 @@ def write_curves(report: LanguageReport, path: Path) -> None:
 
 
 def write_ablations(report: LanguageReport, path: Path) -> None:
-    """Bits per byte on the test part and the time of a step, with parts of the torus left out."""
+    """Bits per byte on the test part and the time of a step, with parts of the torus left out; of the seeds that all
+    networks have."""
     context = report.contexts[0]
     networks = [name for name in (OURS, *ABLATIONS, FIRST, DENSE) if report.runs(name, context)]
+    seeds = set.intersection(*({run.seed for run in report.runs(name, context)} for name in networks))
     figure = Figure(figsize=(10, 0.9 + 0.42 * len(networks)), layout="constrained")
     quality, speed = figure.subplots(1, 2, sharey=True)
     for place, network in enumerate(networks):
-        bits = [trained.bits_per_byte for trained in report.runs(network, context)]
+        bits = [trained.bits_per_byte for trained in report.runs(network, context) if trained.seed in seeds]
         step = report.step(network, context).spread
         color = _COLOURS.get(network, "C0")
         quality.plot(statistics.fmean(bits), place, "o", ms=7, color=color)
@@ -76,10 +78,11 @@ def write_ablations(report: LanguageReport, path: Path) -> None:
                        va="center", fontsize=8)
     quality.set_yticks(range(len(networks)), [LABELS[name] for name in networks])
     quality.invert_yaxis()
-    quality.set(xlabel="bits per byte, test part, equal tokens", title=f"context {context}")
+    quality.set(xlabel="bits per byte, test part, equal tokens",
+                title=f"context {context}, {len(seeds)} seed{'s' * (len(seeds) != 1)}")
     speed.set(xlabel="milliseconds a training step: median and quartiles")
-    speed.set_xlim(left=0)
     for axes in (quality, speed):
-        axes.margins(x=0.15, y=0.1)
+        axes.margins(x=0.25, y=0.1)
         axes.grid(axis="x", alpha=0.3)
+    speed.set_xlim(left=0)
     figure.savefig(path, dpi=150)

@@ -83,10 +83,11 @@ class LanguageReport:
         """What the steps of a run take: their number times the median step."""
         return trained.steps * self.step(trained.network, trained.context).spread.median
 
-    def bits(self, network: str, context: int, budget: str = "tokens") -> float | None:
-        """Bits per byte on the test part, the mean over seeds; None where there is no run."""
-        found = [trained.bits_per_byte for trained in self.runs(network, context, budget)]
-        return statistics.fmean(found) if found else None
+    def pairs(self, runs: list[Trained], network: str, budget: str = "tokens") -> list[tuple[float, float]]:
+        """Bits per byte on the test part of runs beside those of another network at the same context from the same
+        seeds, where there are both."""
+        return [(run.bits_per_byte, other.bits_per_byte) for run in runs
+                for other in self.runs(network, run.context, budget) if other.seed == run.seed]
 
     def save(self, path: Path) -> None:
         """Writes JSON.
@@ -118,9 +119,10 @@ class LanguageReport:
             raise ReportError(f"{path} is not a report of the comparison on text: {error!r}") from error
 
 
-def _percent(value: float, reference: float) -> str:
-    change = 100 * (value / reference - 1)
-    return f"{change:+.1f} %"
+def _change(pairs: list[tuple[float, float]]) -> float:
+    """Of the mean over pairs, relative to the second of each."""
+    ours, theirs = (statistics.fmean(values) for values in zip(*pairs, strict=True))
+    return ours / theirs - 1
 
 
 def grid(report: LanguageReport) -> Grid:
@@ -134,19 +136,19 @@ def grid(report: LanguageReport) -> Grid:
                     continue
                 bits = [trained.bits_per_byte for trained in runs]
                 mean = f"{statistics.fmean(bits):.3f}"
-                dense = report.bits(DENSE, context)
+                pairs = report.pairs(runs, DENSE)
                 timing = report.step(network, context)
                 ratio = timing.ratio_to(report.step(OURS, context)).median
                 rows.append([
                     str(context), LABELS[network], budget, f"{runs[0].parameters:,}", str(runs[0].steps),
                     f"{report.seconds(runs[0]):.0f} s",
                     mean if len(bits) == 1 else f"{mean} ({min(bits):.3f}-{max(bits):.3f})",
-                    "" if dense is None else _percent(statistics.fmean(bits), dense),
+                    f"{100 * _change(pairs):+.1f} %" if pairs else "",
                     f"{timing.spread.median * 1e3:.0f} ms" + ("" if network == OURS else f" ({ratio:.2f}x)"),
                 ])
     return Grid("Language models at long contexts", (
         "context", "network", "equal", "parameters", "steps", "training time", "bits per byte, test part",
-        "against dense at equal tokens", "step",
+        "against dense, equal tokens and seeds", "step",
     ), rows, left=3)
 
 
@@ -154,16 +156,13 @@ def verdicts(report: LanguageReport) -> list[str]:
     """Torus and dense attention, a sentence for each context and budget."""
     said = []
     for context in report.contexts:
-        ours = report.bits(OURS, context)
         for budget in BUDGETS:
-            theirs = report.bits(DENSE, context, budget)
-            if ours is not None and theirs is not None:
-                of_torus = {run.seed: run.bits_per_byte for run in report.runs(OURS, context)}
-                pairs = [(of_torus[run.seed], run.bits_per_byte) for run in report.runs(DENSE, context, budget)]
-                fewer = sum(mine < other for mine, other in pairs)
-                side = "fewer" if ours < theirs else "more"
-                said.append(f"Context {context}, equal {budget}: the torus needs {abs(1 - ours / theirs):.1%} {side} "
-                            f"bits than dense attention (fewer from {fewer} of {len(pairs)} seeds).")
+            if pairs := report.pairs(report.runs(OURS, context), DENSE, budget):
+                change = _change(pairs)
+                fewer = sum(ours < theirs for ours, theirs in pairs)
+                said.append(f"Context {context}, equal {budget}: the torus needs {abs(change):.1%} "
+                            f"{'fewer' if change < 0 else 'more'} bits than dense attention (fewer from {fewer} of "
+                            f"{len(pairs)} seeds).")
     return said
 
 
