@@ -105,8 +105,9 @@ def grid(report: DynamicsReport) -> Grid:
             steps, tokens, operations, _ = (statistics.mean(x) for x in zip(*(run.points[-1] for run in runs),
                                                                             strict=True))
             bits = [run.points[-1][3] for run in runs]
-            rows.append([feature, name, f"{steps:.0f}", f"{tokens / 1e3:.0f}", f"{operations / 1e12:.2f}",
-                         f"{statistics.mean(bits):.3f} ({min(bits):.3f} - {max(bits):.3f})"])
+            spread = f" ({min(bits):.3f} - {max(bits):.3f})" if len(bits) > 1 else ""
+            rows.append([feature, name, f"{steps:.0f}", f"{tokens / 1e3:.0f}", f"{operations / 1e12:.3f}",
+                         f"{statistics.mean(bits):.3f}{spread}"])
     head = ["feature", "run", "steps", "thousand tokens", "TFLOP", "bits per byte"]
     return Grid("Dynamic training on small runs", head, rows, left=2)
 
@@ -114,11 +115,12 @@ def grid(report: DynamicsReport) -> Grid:
 def markdown(report: DynamicsReport) -> str:
     """The table of the documentation, and how it was measured."""
     seeds = len({run.seed for run in report.runs})
+    over = f"mean and range over {seeds} seeds" if seeds > 1 else "of one seed: differences may be chance"
     differences = " and ".join(f"{difference:.1e} in {dtype}" for dtype, difference in report.growth.items())
-    return (f"{grid(report).markdown()}\n\nBits per byte at the end, on text that is not trained on: mean and range "
-            f"over {seeds} seeds, between which differences have to be seen; runs of this length say little of longer "
-            "ones. Operations are six for each parameter and token, forward and backward. Through growth the logits "
-            f"change by {differences}, relative to the largest logit. {report.settings} "
+    return (f"{grid(report).markdown()}\n\nBits per byte at the end, on text that is not trained on, {over}. "
+            "Runs of this length say little of longer ones. Operations are six for each parameter and token, forward "
+            f"and backward. Through growth the logits change by {differences}, relative to the largest logit. "
+            f"{report.settings} "
             f"{environment.describe(report.machine)}.")
 
 
