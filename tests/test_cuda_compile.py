@@ -1,0 +1,108 @@
+"""What nvcc makes of the CUDA kernels for sm_80 and sm_90a, read from the library; no GPU needed."""
+
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import sass
+from torus_kernels import building
+
+ARCHITECTURES = ("sm_80", "sm_90a")
+
+ATTENTION = ("ForwardKernel", "QueryGradientsKernel", "KeyGradientsKernel")
+
+OWN_ROWS, OTHER_ROWS = 16, 32
+"""A warp's tile of scores: kOwnRows and kOtherRows in csrc/cuda/schedule.h."""
+
+MAX_PER_SCORE = 12
+"""Instructions of a forward's loop for each score: the target."""
+
+PER_SCORE_SO_FAR = {1: 60, 2: 79}
+"""What there is instead, by the streams of a family, at 64 channels on sm_80: walking, staging and every branch of a
+turn included. These numbers may only fall."""
+
+SPILLS_SO_FAR = {("KeyGradientsKernel", (128, 2)): 2}
+"""Spilling instructions of kernels by name, channels and streams; all others have none. These may only fall, too."""
+
+OPERATORS = ("attention_forward", "attention_backward", "attention_decode", "ema_compound", "ema_compound_backward",
+             "ema_multiscale", "ema_multiscale_backward")
+
+
+@pytest.fixture(scope="module")
+def library():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TORUS_CUDA_ARCHS", raising=False)
+        try:
+            building.find_nvcc()
+        except building.BuildError as error:
+            pytest.skip(str(error).splitlines()[0])
+        return building.ensure_library(building.cuda())
+
+
+@pytest.fixture(scope="module")
+def codes(library):
+    try:
+        return sass.read_library(library)
+    except sass.NoDisassembler as error:
+        pytest.skip(f"nothing here reads machine code: {error}")
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def kernels(codes, request):
+    return codes[request.param]
+
+
+def test_it_loads_and_registers_beside_any_torch(library):
+    code = f"""
+import torch
+from torus_kernels.backends import load
+load("cuda")
+torch.ops.load_library({str(library)!r})
+for name in {OPERATORS}:
+    operator = f"torus_kernels::cuda_{{name}}"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA"), name
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CPU"), name
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_kernel_is_there(codes):
+    assert tuple(codes) == ARCHITECTURES
+    for kernels in codes.values():
+        for name in ATTENTION:
+            found = [(code.constants["element"], *code.constants["numbers"]) for code in kernels if code.name == name]
+            assert sorted(found) == sorted((element, head_dim, streams) for element in ("Float16", "BFloat16")
+                                           for head_dim in (32, 64, 128) for streams in (1, 2)), name
+        assert {"DecodeKernel", "JoinKernel", "CompoundKernel", "CompoundBackwardKernel", "MultiscaleKernel",
+                "MultiscaleBackwardKernel"} <= {code.name for code in kernels}
+
+
+def test_next_to_nothing_spills(kernels):
+    for code in kernels:
+        assert code.spills <= SPILLS_SO_FAR.get((code.name, code.constants["numbers"]), 0), code.describe()
+        assert code.spills > 0 or code.local_bytes == 0, code.describe()
+
+
+def test_scores_are_made_by_tensor_cores(kernels):
+    for code in kernels:
+        assert code.uses_tensor_cores == (code.name in ATTENTION), code.describe()
+
+
+def test_rows_are_read_16_bytes_at_a_time(kernels):
+    for code in kernels:
+        if code.name in (*ATTENTION, "DecodeKernel", "CompoundKernel", "MultiscaleKernel"):
+            wide = [i for i in code.instructions if i.opcode.startswith(("LDG", "LDGSTS")) and ".128" in i.opcode]
+            assert wide, code.describe()
+
+
+def test_instructions_per_score(codes):
+    for code in codes["sm_80"]:
+        if code.name != "ForwardKernel" or code.constants["numbers"][0] != 64:
+            continue
+        most = max(loop.count("HMMA") for loop in code.loops)
+        turn = min((loop for loop in code.loops if loop.count("HMMA") == most), key=len)
+        streams = code.constants["numbers"][1]
+        assert code.per_score(turn, OWN_ROWS * OTHER_ROWS) <= PER_SCORE_SO_FAR.get(streams, MAX_PER_SCORE), (
+            code.describe())
