@@ -4,12 +4,9 @@
 // dimensions contiguous and allocated all outputs.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdlib>
-#include <optional>
 #include <string>
-#include <vector>
 
 #if TORUS_X86
 #include <cpuid.h>
@@ -19,6 +16,7 @@
 #include <unistd.h>
 #endif
 
+#include "../arguments.h"
 #include "kernels.h"
 #include "sanitize.h"
 
@@ -26,8 +24,6 @@ namespace torus {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
 
 #if TORUS_X86
 // Linux lets a process use the matrix tiles once it has asked for room to save them in.
@@ -97,28 +93,6 @@ const Kernels& kernels() {
   return *table;
 }
 
-DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Double: return DType::kFloat64;
-    default: return DType::kFloat32;
-  }
-}
-
-Tokens tokens_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-Tokens tokens_of(const Optional& x) { return x ? tokens_of(*x) : Tokens{}; }
-
-// Per head [H] (or [H, 8]) or per token [B, H, T] (or [B, H, T, 8]); contiguous.
-Parameter parameter_of(const Tensor& x, bool per_stream) {
-  const int64_t last = per_stream ? kNumStreams : 1;
-  if (x.dim() == (per_stream ? 2 : 1)) return {x.data_ptr(), 0, last, 0};
-  return {x.data_ptr(), x.size(1) * x.size(2) * last, x.size(2) * last, last};
-}
-Parameter parameter_of(const Optional& x) { return x ? parameter_of(*x, false) : Parameter{}; }
-
-void* pointer(const Optional& x) { return x ? x->data_ptr() : nullptr; }
-
 // Scratch lives in tensors of bytes: PyTorch's allocator counts it, and its debugging fill reaches it.
 class Workspace {
  public:
@@ -143,20 +117,6 @@ class Workspace {
   }
   std::vector<Tensor> buffers_;
 };
-
-AttentionInputs attention_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weights,
-                                 const Tensor& decay, const Optional& state, const Optional& alpha,
-                                 const Optional& first_key, const std::vector<int64_t>& lattice, double scale) {
-  AttentionInputs in{};
-  in.lattice = lattice_from_spec(lattice.data());
-  in.dtype = dtype_of(q);
-  in.batch = q.size(0), in.heads = q.size(1), in.kv_heads = k.size(1), in.seq_len = q.size(2), in.head_dim = q.size(3);
-  in.scale = scale;
-  in.q = tokens_of(q), in.k = tokens_of(k), in.v = tokens_of(v), in.state = tokens_of(state);
-  in.weights = parameter_of(weights, true), in.decay = parameter_of(decay, true), in.alpha = parameter_of(alpha);
-  in.first_key = static_cast<const int64_t*>(pointer(first_key));
-  return in;
-}
 
 void attention_forward(Tensor q, Tensor k, Tensor v, Tensor weights, Tensor decay, Optional state, Optional alpha,
                        Optional first_key, std::vector<int64_t> lattice, double scale, Tensor out, Optional lse,
@@ -187,16 +147,6 @@ void attention_decode(Tensor q, Tensor keys, Tensor values, Tensor weights, Tens
       workspace.runtime());
 }
 
-Compound compound_of(const Tensor& x, const Tensor& state, const Tensor& alpha, const Optional& beta,
-                     const Optional& velocity) {
-  Compound p{};
-  p.dtype = dtype_of(x);
-  p.batch = x.size(0), p.heads = x.size(1), p.seq_len = x.size(2), p.head_dim = x.size(3);
-  p.x = tokens_of(x), p.state = tokens_of(state), p.velocity = tokens_of(velocity);
-  p.alpha = parameter_of(alpha, false), p.beta = parameter_of(beta);
-  return p;
-}
-
 void ema_compound(Tensor x, Tensor state, Tensor alpha, Optional beta, Optional velocity, Tensor out,
                   Optional new_velocity) {
   Workspace workspace;
@@ -213,19 +163,6 @@ void ema_compound_backward(Tensor d_out, Optional d_new_velocity, Tensor x, Tens
       {compound_of(x, state, alpha, beta, velocity), tokens_of(d_out), tokens_of(d_new_velocity), tokens_of(d_x),
        tokens_of(d_state), tokens_of(d_velocity), d_alpha.data_ptr(), pointer(d_beta)},
       workspace.runtime());
-}
-
-// The first of S states [S, B, H, T, D].
-Tokens states_of(const Tensor& x) { return {x.data_ptr(), x.stride(1), x.stride(2), x.stride(3)}; }
-
-Multiscale multiscale_of(const Tensor& x, const Tensor& states, const Tensor& alphas, const Tensor& scale_weights) {
-  Multiscale p{};
-  p.dtype = dtype_of(x);
-  p.scales = states.size(0);
-  p.batch = x.size(0), p.heads = x.size(1), p.seq_len = x.size(2), p.head_dim = x.size(3);
-  p.x = tokens_of(x), p.states = states_of(states), p.states_scale = states.stride(0);
-  p.alphas = {alphas.data_ptr(), 0, 1, p.heads}, p.scale_weights = {scale_weights.data_ptr(), 0, 0, 1};
-  return p;
 }
 
 void ema_multiscale(Tensor x, Tensor states, Tensor alphas, Tensor scale_weights, Tensor mixed, Tensor new_states) {

@@ -88,8 +88,8 @@ def _cpu_units() -> tuple[Unit, ...]:
 
 
 CPU = Library(
-    "cpu", "CPU kernels", _CXX_FLAGS, _cpu_units(), ("lattice.h", "cpu/**/*.*"), uses_nvcc=False,
-    flags_variable="TORUS_CPU_CXXFLAGS",
+    "cpu", "CPU kernels", _CXX_FLAGS, _cpu_units(), ("lattice.h", "arguments.h", "cpu/**/*.*"),
+    uses_nvcc=False, flags_variable="TORUS_CPU_CXXFLAGS",
 )
 
 
@@ -130,7 +130,6 @@ def cuda_emulation() -> Library:
 def _cuda_units(kernel_flags: tuple[str, ...]) -> tuple[Unit, ...]:
     bindings = Unit("bindings", "cuda/bindings.cpp", _TORCH_TARGET, isa=None, needs_torch=True)
     names = ("attention_forward", "attention_backward", "compounding", "decode")
-    kernels = [Unit(name, f"cuda/{name}.cu", kernel_flags, isa=None) for name in names]
     kernels = [Unit(name, f"cuda/{name}.cu", kernel_flags, isa=None) for name in names]
     return (bindings, *kernels)
 
