@@ -137,8 +137,8 @@ def markdown_roofline(report: Report) -> str:
     """The roofline of every case in Markdown, with what is counted."""
     note = ("Counted are the floating-point operations of the matrix products over visible pairs (two products "
             "forward, five more backward; a pair that both arcs of a loop or both cross flows see, once) and the "
-            "bytes of the tokens read and written. GEMM: the best `torch.mm` in the dtype; copy: bytes read and "
-            "written by copying 256 MiB; both in the same run, with the same threads.")
+            "bytes of the tokens read and written. GEMM: the best `torch.mm` in the dtype or, where that is faster, in "
+            "float32; copy: bytes read and written by copying 256 MiB; both in the same run, with the same threads.")
     return f"{roofline_grid(report).markdown()}\n\n{note}"
 
 

@@ -68,6 +68,20 @@ class TestRoofline:
         peaks = measure_peaks(torch.bfloat16)
         assert (peaks.gemm, peaks.copy) == (2 * 64**3 / 0.5, 2 * 1000 / 0.5)
 
+    def test_a_slow_product_gives_way_to_float32(self, monkeypatch):
+        """As bfloat16 does where the CPU has no arithmetic in it; and its larger products are not waited for."""
+        monkeypatch.setattr("benchmarks.roofline.GEMM_SIZES", (8, 16))
+        multiplied = []
+        monkeypatch.setattr("torch.mm", lambda a, b, out: multiplied.append((a.dtype, len(a))))
+
+        def seconds(run, _):
+            run()
+            return 100.0 if multiplied and multiplied[-1][0] == torch.bfloat16 else 0.25
+
+        monkeypatch.setattr("benchmarks.roofline._median_seconds", seconds)
+        assert measure_peaks(torch.bfloat16).gemm == 2 * 16**3 / 0.25
+        assert multiplied == [(torch.bfloat16, 8), (torch.float32, 8), (torch.float32, 16)]
+
 
 class TestGrowth:
     def test_all_sizes_share_their_rounds(self, tmp_path):
