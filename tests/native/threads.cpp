@@ -15,6 +15,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -195,7 +196,7 @@ const Place kPlaces[] = {
     {{kCylinder, 66, 5, 2, 2, 4, 255}, 330}, {{kPeriodic, 6, 40, 20, 1, 2, 63}, 240},
 };
 
-int check(const Kernels& kernels, bool sample) {
+int check(const char* isa, const Kernels& kernels, bool sample) {
   std::vector<DType> dtypes = {DType::kBFloat16, DType::kFloat32, DType::kFloat16, DType::kFloat64};
   std::vector<std::array<int, 3>> head_counts = {{1, 2, 1}, {2, 3, 1}, {1, 8, 4}};
   if (sample) dtypes.resize(1), head_counts.resize(1);
@@ -216,7 +217,7 @@ int check(const Kernels& kernels, bool sample) {
         caller.join();
         if (other != expected) ++wrong;
       }
-  std::printf("%s: %s\n", kernels.isa, wrong == 0 ? "the same bytes with 1, 2 and 5 threads" : "results differ");
+  std::printf("%s: %s\n", isa, wrong == 0 ? "the same bytes with 1, 2 and 5 threads" : "results differ");
   return wrong;
 }
 
@@ -243,12 +244,14 @@ int main(int count, char** arguments) {
   if (kernels_amx != nullptr) syscall(SYS_arch_prctl, request_permission, tile_data);
 #endif
   int wrong = 0;
-  for (const auto table : {kernels_baseline, kernels_avx2, kernels_avx512, kernels_amx}) {
+  const std::pair<const char*, const Kernels* (*)()> tables[] = {
+      {"baseline", kernels_baseline}, {"avx2", kernels_avx2}, {"avx512", kernels_avx512}, {"amx", kernels_amx}};
+  for (const auto& [isa, table] : tables) {
     if (table == nullptr) continue;
     if (mode == "plant")
       plant(*table());
     else
-      wrong += check(*table(), mode == "sample");
+      wrong += check(isa, *table(), mode == "sample");
   }
   return wrong == 0 ? 0 : 1;
 }
