@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from . import environment
-from .report import ReportError
+from .report import reading
 from .tables import Grid
-from .timing import Spread, Timing
+from .timing import Spread, Timing, timings_of
 
 KIND, FORMAT = "field", 2
 
@@ -110,20 +110,13 @@ class FieldReport:
             ReportError: the file holds none.
             OSError: it cannot be read.
         """
-        try:
-            fields = json.loads(path.read_text())
-            if fields.pop("kind") != KIND or fields.pop("format") != FORMAT:
-                raise ReportError(f"{path} is not a report of the field comparison in format {FORMAT}")
+        with reading(path, KIND, FORMAT) as fields:
             fields["trained"] = [
                 Trained(**{**x, "profile": tuple(x["profile"]), "losses": tuple(x["losses"])})
                 for x in fields["trained"]
             ]
-            fields["steps"] = {
-                name: Timing(tuple(x["seconds"]), x["page_faults"]) for name, x in fields["steps"].items()
-            }
+            fields["steps"] = timings_of(fields["steps"])
             return cls(**fields)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ReportError(f"{path} is not a report of the field comparison: {error!r}") from error
 
 
 def _over_seeds(values: Sequence[float], form: Callable[[float], str]) -> str:

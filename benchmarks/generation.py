@@ -20,9 +20,9 @@ from torus_model.lm import ModelConfig, TorusLM
 
 from . import arguments, environment
 from .progress import Say, steps
-from .report import ReportError
+from .report import ReportError, reading
 from .tables import Grid
-from .timing import Spread, Timing, time_side_by_side
+from .timing import Spread, Timing, time_side_by_side, timings_of
 
 KIND, FORMAT = "generation", 1
 
@@ -88,14 +88,8 @@ class GenerationReport:
             ReportError: the file holds none.
             OSError: it cannot be read.
         """
-        try:
-            fields = json.loads(path.read_text())
-            if fields["kind"] != KIND or fields["format"] != FORMAT:
-                raise ReportError(f"{path} is not a report of generation in format {FORMAT}")
-            timings = {n: Timing(tuple(x["seconds"]), x["page_faults"]) for n, x in fields["timings"].items()}
-            return cls(fields["machine"], fields["model"], timings)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ReportError(f"{path} is not a report of generation: {error!r}") from error
+        with reading(path, KIND, FORMAT) as fields:
+            return cls(fields["machine"], fields["model"], timings_of(fields["timings"]))
 
 
 def add_parser(commands) -> None:

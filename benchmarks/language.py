@@ -23,7 +23,7 @@ from .language_report import ABLATIONS, BUDGETS, KIND, LABELS, OURS, LanguageRep
 from .language_runs import DENSE, FIRST, Runs, Trained, Training
 from .progress import Say, silent, steps
 from .report import ReportError
-from .timing import Timing, time_side_by_side
+from .timing import Timing, time_side_by_side, timings_of
 
 TIMINGS = "timings.json"
 """Where a folder of runs keeps the times of training steps."""
@@ -246,8 +246,7 @@ def _kept_timings(file: Path, key: str) -> tuple[dict[str, Timing], dict] | None
         fields = json.loads(file.read_text())
         if fields["key"] != key:
             return None
-        timings = {name: Timing(tuple(x["seconds"]), x["page_faults"]) for name, x in fields["timings"].items()}
-        return timings, fields["machine"]
+        return timings_of(fields["timings"]), fields["machine"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from . import environment
 from .language_runs import DENSE, FIRST, Trained
-from .report import ReportError
+from .report import reading
 from .tables import Grid
-from .timing import Timing
+from .timing import Timing, timings_of
 
 KIND, FORMAT = "language-comparison", 1
 
@@ -106,17 +106,10 @@ class LanguageReport:
             ReportError: the file holds none.
             OSError: it cannot be read.
         """
-        try:
-            fields = json.loads(path.read_text())
-            if fields.pop("kind") != KIND or fields.pop("format") != FORMAT:
-                raise ReportError(f"{path} is not a report of the comparison on text in format {FORMAT}")
+        with reading(path, KIND, FORMAT) as fields:
             fields["trained"] = [Trained.from_dict(x) for x in fields["trained"]]
-            fields["timings"] = {
-                name: Timing(tuple(x["seconds"]), x["page_faults"]) for name, x in fields["timings"].items()
-            }
+            fields["timings"] = timings_of(fields["timings"])
             return cls(**fields)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ReportError(f"{path} is not a report of the comparison on text: {error!r}") from error
 
 
 def _change(pairs: list[tuple[float, float]]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from . import environment
-from .report import ReportError, compact
+from .report import compact, reading
 from .scale_arithmetic import LINKS, RATE
 from .tables import Grid, milliseconds
 
@@ -80,14 +79,9 @@ class ScaleReport:
             ReportError: the file does not hold one.
             OSError: the file cannot be read.
         """
-        try:
-            fields = json.loads(path.read_text())
-            if (fields.pop("kind"), fields.pop("format")) != (KIND, FORMAT):
-                raise ReportError(f"{path} is not a report of scale of format {FORMAT}")
+        with reading(path, KIND, FORMAT) as fields:
             runs = {name: [Measured(**run) for run in of_name] for name, of_name in fields.pop("runs").items()}
             return cls(**fields, runs=runs)
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ReportError(f"{path} does not hold a report of scale: {error!r}") from error
 
 
 def _each(numbers: list[float], unit: float = 2**20) -> str:

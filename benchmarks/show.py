@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from . import (
     coherence_report,
@@ -19,6 +21,19 @@ from . import (
 )
 from .report import Report
 from .tables import markdown_report
+
+_REPORTS: dict[str, tuple[Any, Callable[[Any], str]]] = {
+    coherence_report.KIND: (coherence_report.CoherenceReport, coherence_report.markdown),
+    dynamics_report.KIND: (dynamics_report.DynamicsReport, dynamics_report.markdown),
+    field_report.KIND: (field_report.FieldReport, field_report.markdown),
+    generation.KIND: (generation.GenerationReport, generation.markdown),
+    gpu_report.KIND: (gpu_report.GpuReport, gpu_report.markdown),
+    language_report.KIND: (language_report.LanguageReport, language_report.markdown),
+    precision_report.KIND: (precision_report.PrecisionReport, precision_report.markdown),
+    scale_report.KIND: (scale_report.ScaleReport, scale_report.markdown),
+    transfer_report.KIND: (transfer_report.TransferReport, transfer_report.markdown),
+}
+"""What loads a report of each kind, and what shows it."""
 
 
 def kind_of(path: Path) -> str | None:
@@ -41,24 +56,9 @@ def markdown_of(path: Path) -> str:
         OSError: it cannot be read.
     """
     kind = kind_of(path)
-    if kind == gpu_report.KIND:
-        return gpu_report.markdown(gpu_report.GpuReport.load(path))
-    if kind == field_report.KIND:
-        return field_report.markdown(field_report.FieldReport.load(path))
-    if kind == precision_report.KIND:
-        return precision_report.markdown(precision_report.PrecisionReport.load(path))
-    if kind == coherence_report.KIND:
-        return coherence_report.markdown(coherence_report.CoherenceReport.load(path))
-    if kind == language_report.KIND:
-        return language_report.markdown(language_report.LanguageReport.load(path))
-    if kind == generation.KIND:
-        return generation.markdown(generation.GenerationReport.load(path))
-    if kind == transfer_report.KIND:
-        return transfer_report.markdown(transfer_report.TransferReport.load(path))
-    if kind == scale_report.KIND:
-        return scale_report.markdown(scale_report.ScaleReport.load(path))
-    if kind == dynamics_report.KIND:
-        return dynamics_report.markdown(dynamics_report.DynamicsReport.load(path))
     if kind == fuzz_report.KIND:
         return fuzz_report.markdown(path)
+    if kind in _REPORTS:
+        report, markdown = _REPORTS[kind]
+        return markdown(report.load(path))
     return markdown_report(Report.load(path))

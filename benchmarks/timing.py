@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 WARM_UPS = 3
 """Calls before the first that counts: caches fill, and the heap reaches the size at which it stops growing."""
@@ -46,6 +47,11 @@ class Timing:
     def ratio_to(self, other: Timing) -> Spread:
         """How many times as long as ``other`` this candidate takes, round by round."""
         return Spread.of([mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)])
+
+
+def timings_of(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Timing]:
+    """Timings that went through JSON."""
+    return {name: Timing(tuple(x["seconds"]), x["page_faults"]) for name, x in fields.items()}
 
 
 def _page_faults() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import environment
-from .report import ReportError, compact
+from .report import compact, reading
 from .tables import Grid
 
 KIND, FORMAT = "transfer", 1
@@ -97,16 +96,11 @@ class TransferReport:
             ReportError: the file does not hold one.
             OSError: the file cannot be read.
         """
-        try:
-            fields = json.loads(path.read_text())
-            if (fields.pop("kind"), fields.pop("format")) != (KIND, FORMAT):
-                raise ReportError(f"{path} is not a report of transfer of format {FORMAT}")
+        with reading(path, KIND, FORMAT) as fields:
             outcomes = [Outcome(**entry | {"after": tuple(entry["after"])}) for entry in fields.pop("outcomes")]
             curves = [Curve(**entry | {name: tuple(entry[name]) for name in ("steps", "bits", "load")})
                       for entry in fields.pop("curves")]
             return cls(**fields, outcomes=outcomes, curves=curves)
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ReportError(f"{path} does not hold a report of transfer: {error!r}") from error
 
 
 def _bits(values: Sequence[float]) -> str:
