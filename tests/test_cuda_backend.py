@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import require_backend
+from conftest import CUDA_REFUSES, require_backend
 from support import LAYOUTS, Backend, evaluate, make_problem
 
 from torus_kernels import TorusLattice
-from torus_kernels.backends import load
+from torus_kernels.backends import Problem, load
 
 pytestmark = [] if Backend("cuda").is_emulated else [pytest.mark.gpu]
 
@@ -20,6 +20,17 @@ def cuda():
 
 def problem_of(cuda, lattice, seq_len, dtype=torch.bfloat16):
     return make_problem(lattice, seq_len, batch=2, heads=4, kv_heads=2, head_dim=24).to(dtype, cuda.device)
+
+
+def test_what_it_takes(cuda):
+    can_run = load("cuda").can_run
+    for dtype in (torch.float16, torch.bfloat16):
+        for head_dim in (8, 24, 32, 64, 128):
+            assert can_run(Problem(cuda.device, dtype, head_dim)) is None
+    for dtype, head_dim in ((torch.float32, 32), (torch.float64, 32), (torch.bfloat16, 136), (torch.bfloat16, 256)):
+        assert can_run(Problem(cuda.device, dtype, head_dim)).startswith(CUDA_REFUSES)
+    assert can_run(Problem(cuda.device, torch.bfloat16, 32, operator="rope")).startswith(CUDA_REFUSES)
+    assert not can_run(Problem("mps", torch.bfloat16, 32)).startswith(CUDA_REFUSES)
 
 
 @pytest.mark.parametrize("lattice, seq_len", CASES, ids=["periodic", "causal"])
