@@ -57,6 +57,11 @@ def add_seconds(parser: argparse.ArgumentParser, default: float) -> None:
                         help="how long the rounds of one timing go on (default: %(default)g)")
 
 
+def add_longest_call(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--longest-call", type=seconds, default=20.0, metavar="S",
+                        help=f"{what} is left out where one call takes longer (default: %(default)g)")
+
+
 def add_output(parser: argparse.ArgumentParser, kind: str) -> None:
     """The report to write, by default ``results/<kind>-<today>.json`` beside this file."""
     parser.add_argument("--output", type=Path, default=RESULTS / f"{kind}-{datetime.date.today().isoformat()}.json",

@@ -35,6 +35,7 @@ def add_parser(commands) -> None:
     arguments.add_choice(parser, "--peers", PEERS, DEFAULT_PEERS,
                          "peers to time; dense is large, flex and compose_compiled compile long", may_be_none=True)
     arguments.add_seconds(parser, 20.0)
+    arguments.add_longest_call(parser, "a peer")
     parser.add_argument("--no-memory", action="store_false", dest="memory", help="do not measure peak memory")
     arguments.add_output(parser, "cpu")
     parser.set_defaults(run=_run)
@@ -42,8 +43,8 @@ def add_parser(commands) -> None:
 
 def _run(given: argparse.Namespace, console: Console) -> None:
     environment.restart_with_warm_memory()
-    run(given.workloads, arguments.dtypes(given.dtypes), given.peers, seconds=given.seconds, memory=given.memory,
-        output=given.output, console=console)
+    run(given.workloads, arguments.dtypes(given.dtypes), given.peers, seconds=given.seconds,
+        longest_call=given.longest_call, memory=given.memory, output=given.output, console=console)
 
 
 def _measure_memory(report: Report, console: Console) -> None:
@@ -66,8 +67,8 @@ def roofline_plot(output: Path) -> Path:
 
 
 def run(
-    workloads: Sequence[str], dtypes: Sequence[torch.dtype], peers: Sequence[str], *, seconds: float, memory: bool,
-    output: Path, console: Console,
+    workloads: Sequence[str], dtypes: Sequence[torch.dtype], peers: Sequence[str], *, seconds: float,
+    longest_call: float, memory: bool, output: Path, console: Console,
 ) -> Report:
     """Measures, prints the tables and writes ``output`` and plots beside it.
 
@@ -77,7 +78,7 @@ def run(
     """
     backend = best_cpu_backend()
     suite = Suite(backend, [operator(backend), *(PEERS[name] for name in PEERS if name in peers)], seconds=seconds,
-                  with_roofline=True)
+                  with_roofline=True, longest_call=longest_call)
     console.print(environment.describe(suite.report.machine), highlight=False)
     report = suite.report
     try:

@@ -39,8 +39,7 @@ def add_parser(commands) -> None:
     arguments.add_dtypes(parser)
     arguments.add_directions(parser)
     arguments.add_seconds(parser, 60.0)
-    parser.add_argument("--longest-call", type=arguments.seconds, default=20.0, metavar="S",
-                        help="dense SDPA is left out where one call would take longer (default: %(default)g)")
+    arguments.add_longest_call(parser, "dense SDPA")
     arguments.add_output(parser, "growth")
     parser.set_defaults(run=_run)
 

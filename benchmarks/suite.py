@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -62,17 +64,19 @@ class Suite:
         seconds: how long the rounds of one case go on.
         min_rounds, max_rounds: as in `time_side_by_side`.
         with_roofline: measure what the machine reaches, too.
+        longest_call: seconds; a peer of which one call takes longer is skipped.
     """
 
     def __init__(
         self, backend: str, candidates: Sequence[Candidate], *, seconds: float, min_rounds: int = 5,
-        max_rounds: int = 50, with_roofline: bool = False,
+        max_rounds: int = 50, with_roofline: bool = False, longest_call: float = math.inf,
     ) -> None:
         labels = {candidate.name: candidate.label for candidate in candidates}
         self.report = Report(environment.machine(), backend, labels=labels)
         self._candidates = candidates
         self._limits = {"seconds": seconds, "min_rounds": min_rounds, "max_rounds": max_rounds}
         self._with_roofline = with_roofline
+        self._longest_call = longest_call
         self._peaks: dict[torch.dtype, roofline.Peaks] = {}
 
     def measure(self, workload: Workload, dtype: torch.dtype, direction: str, say: Say = silent) -> None:
@@ -92,6 +96,9 @@ class Suite:
             if reason is None and candidate.computes_operator:
                 say(f"checking {candidate.label}")
                 reason = self._refused(gate, candidate, case)
+            if reason is None and candidate.name != OPERATOR:
+                say(f"one call of {candidate.label}")
+                reason = self._too_long(call(candidate, inputs, direction))
             if reason is None:
                 admitted[candidate.name] = candidate
             else:
@@ -114,6 +121,14 @@ class Suite:
                 case, roofline.useful_flops(workload, direction), roofline.useful_bytes(workload, dtype, direction),
                 peaks.gemm, peaks.copy,
             ))
+
+    def _too_long(self, run: Callable[[], object]) -> str | None:
+        if self._longest_call == math.inf:
+            return None
+        started = time.perf_counter()
+        run()
+        taken = time.perf_counter() - started
+        return f"one call takes {taken:.2g} s" if taken > self._longest_call else None
 
     def _refused(self, gate: Gate, candidate: Candidate, case: Case) -> str | None:
         is_operator = candidate.name == OPERATOR

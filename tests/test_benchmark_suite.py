@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import time
 
 import pytest
 import torch
@@ -110,8 +111,8 @@ def test_what_was_measured_outlives_an_interruption(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "best_cpu_backend", lambda: "reference")
     monkeypatch.setattr(Suite, "measure_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        cpu.run(["seed-512"], [torch.float32], [], seconds=0.0, memory=False, output=tmp_path / "report.json",
-                console=Console(file=io.StringIO()))
+        cpu.run(["seed-512"], [torch.float32], [], seconds=0.0, longest_call=1.0, memory=False,
+                output=tmp_path / "report.json", console=Console(file=io.StringIO()))
     assert [case.workload for case in Report.load(tmp_path / "report.json").cases()] == ["tiny"]
 
 
@@ -120,6 +121,20 @@ def test_a_peer_that_needs_more_memory_than_there_is_is_skipped():
                   seconds=0.0)
     suite.measure(TINY, torch.float32, FORWARD)
     assert "GiB of memory" in suite.report.skipped[0].reason
+
+
+def test_a_peer_whose_calls_are_too_long_is_skipped_and_the_operator_never():
+    def slowly(*arguments):
+        time.sleep(0.06)
+        return operator("reference").attention(*arguments)
+
+    candidates = [Candidate(OPERATOR, OPERATOR, slowly), Candidate("compose", "compose", slowly)]
+    case = Case("tiny", "float32", FORWARD)
+    for longest_call, timed, reasons in ((0.05, {OPERATOR}, 1), (60.0, {OPERATOR, "compose"}, 0)):
+        suite = Suite("reference", candidates, seconds=0.0, min_rounds=1, longest_call=longest_call)
+        suite.measure(TINY, torch.float32, FORWARD)
+        assert set(suite.report.timings(case)) == timed
+        assert [s.candidate for s in suite.report.skipped if "one call takes 0.0" in s.reason] == ["compose"] * reasons
 
 
 def test_the_suite_measures_all_directions_and_dtypes_of_a_workload():
