@@ -10,6 +10,7 @@ import torch
 from support import LAYOUTS, error, evaluate, make_problem
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torus_kernels
 from torus_kernels import (
@@ -193,6 +194,34 @@ class TestAutocast:
         assert out.dtype == momentum.dtype == mixed.dtype == new_states.dtype == backend.low_dtype
         assert new_velocity.dtype == turned.dtype == torch.float32
         assert error(out, exact) <= 4 * torch.finfo(backend.low_dtype).eps * exact.abs().max().item()
+
+
+class Log(TorchDispatchMode):
+    """Names of the operators that PyTorch dispatches, but for those that only look at a tensor anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten.detach.default:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("with_stats", [False, True], ids=["plain", "with_stats"])
+def test_a_call_and_its_gradient_are_one_operator_each(with_stats):
+    """Anything more would be a kernel of its own on a GPU: a copy, or zeros for the gradients of the statistics."""
+    problem = make_problem(CAUSAL, 8, token_alpha=True).to(torch.float32)
+    d_out = torch.ones_like(problem.q)
+    leaves = [x.requires_grad_() for x in problem.tensors().values() if x.is_floating_point()]
+    operands = {name: getattr(problem, name) for name in ATTENTION}
+    call = torus_attention_with_stats if with_stats else torus_attention
+    with Log() as log:
+        result = call(problem.q, problem.k, problem.v, problem.lattice, **operands)
+        out = result[0] if with_stats else result
+        torch.autograd.grad(out, leaves, d_out)
+    assert log.names == ["torus_kernels::attention", "torus_kernels::attention_backward"]
 
 
 def test_registered_operators_are_the_public_ones():

@@ -42,10 +42,13 @@ def check_dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
 
 def check_shape(name: str, x: Tensor, layouts: Mapping[str, tuple[int, ...]]) -> None:
     """``layouts`` maps the symbolic form shown to the user to the sizes it stands for here."""
-    # Lengths first: a tuple compares elements before, and a tracer would guard on whether B is H.
-    if not any(x.dim() == len(sizes) and tuple(x.shape) == sizes for sizes in layouts.values()):
-        wanted = " or ".join(f"{form} = {list(sizes)}" for form, sizes in layouts.items())
-        raise ValueError(f"{name} must have shape {wanted}, got {_shape(x)}")
+    shape = x.shape
+    for sizes in layouts.values():
+        # Lengths first: a tuple compares elements before, and a tracer would guard on whether B is H.
+        if len(shape) == len(sizes) and shape == sizes:
+            return
+    wanted = " or ".join(f"{form} = {list(sizes)}" for form, sizes in layouts.items())
+    raise ValueError(f"{name} must have shape {wanted}, got {_shape(x)}")
 
 
 def check_size(name: str, value: object, smallest: int) -> int:

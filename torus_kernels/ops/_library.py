@@ -29,11 +29,37 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Registers the first-order gradient of an operator of the public function ``of``; returns what calls it.
 
-    The registration serves autograd and `torch.compile`. It has nothing for the transforms of `torch.func`, under which
-    PyTorch would raise an error about itself, or for forward-mode differentiation, which would silently take the
-    operator for a constant: calls under either are refused.
+    What `torch.library.register_autograd` does, serving autograd and `torch.compile` alike, but for its price: it reads
+    the schema's arguments anew in every call, which for attention's thirteen takes longer than all else on the way to
+    the kernels.
+
+    The registration has nothing for the transforms of `torch.func`, under which PyTorch would raise an error about
+    itself, or for forward-mode differentiation, which would silently take the operator for a constant: calls under
+    either are refused.
     """
-    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=LIBRARY)
+
+    def compute(keyset, arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, *arguments):
+            output = compute(keyset, arguments)
+            setup_context(ctx, arguments, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            d_keyset = None
+            return d_keyset, *backward(ctx, *grads)
+
+    def kernel(keyset, *arguments):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return Differentiable.apply(keyset, *arguments)
+        return compute(keyset, arguments)
+
+    LIBRARY.impl(op._schema.name, kernel, "Autograd", with_keyset=True)
 
     def call(*arguments):
         refuse_transforms(of)
@@ -73,7 +99,7 @@ def empty_tokens(x: Tensor) -> Tensor:
 
 def like_or_empty(x: Tensor | None, owner: Tensor) -> Tensor:
     """A gradient buffer for an optional argument; of no elements where the argument was not given."""
-    return owner.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return owner.new_empty(0) if x is None else x.new_empty(x.shape)
 
 
 def tokens_or_empty(x: Tensor | None, owner: Tensor) -> Tensor:
