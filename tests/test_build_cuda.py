@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from test_build import Checkout, checkout, needs_compiler  # noqa: F401  (a fixture)
 
 from torus_kernels import building
@@ -135,8 +136,12 @@ def test_variables_forbid_compiling_only(toolkit, monkeypatch, variable):
     assert toolkit.driver().ensure_library(driver.cuda()) == library
 
 
+without_cuda = pytest.mark.skipif(torch.version.cuda is not None, reason="with this torch CUDA needs no asking for")
+
+
 @needs_compiler
 class TestInstallation:
+    @without_cuda
     def test_without_cuda_in_torch_nothing_is_compiled_by_nvcc(self, toolkit):
         done = toolkit.setup("build_ext", "--inplace")
         assert "_cuda.so will be compiled on first use, because the torch package has no CUDA" in done.stderr
@@ -169,6 +174,7 @@ class TestInstallation:
         assert toolkit.library.is_file()
         assert not (toolkit.root / "torus_kernels" / "_cuda.so").exists()
 
+    @without_cuda
     def test_a_wheel_has_no_library_of_an_earlier_build(self, toolkit, monkeypatch):
         monkeypatch.setenv("TORUS_CUDA_ARCHS", "80")
         toolkit.setup("bdist_wheel")

@@ -14,6 +14,9 @@ from .ops import attention as attention_ops
 from .ops import compounding as compounding_ops
 from .ops import rope as rope_ops
 
+AUTOCAST_DEVICES = ("cpu", "cuda")
+"""Types of devices on which the operators heed autocast: those that they compute on."""
+
 
 class TorusStats(NamedTuple):
     """Statistics of each stream's softmax, ``[B, H, T, 8]`` float32, without gradient.
@@ -146,7 +149,8 @@ def default_decay(
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    # Elsewhere, as on "meta", asking is an error. (`torch.amp.is_autocast_available` does not trace in torch 2.11.)
+    if device_type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 

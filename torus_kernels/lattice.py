@@ -59,6 +59,7 @@ class Stream(enum.IntEnum):
 
 
 NUM_STREAMS = len(Stream)
+_ALL_STREAMS = frozenset(Stream)
 
 DEFAULT_DECAY = (0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 4.0, 4.0)
 """Default geodesic decay of each stream: 0 for the loops, 1 for the spirals, 4 for the cross flows."""
@@ -72,7 +73,12 @@ class Topology(enum.IntEnum):
     cylinder = 2
 
 
+_TOPOLOGIES = {topology.name: topology.value for topology in Topology}
+
+
 def _integer(name: str, value: Any) -> int:
+    if type(value) is int:
+        return value
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     try:
@@ -94,7 +100,7 @@ def _stream(value: object) -> Stream:
 
 def _normalise_streams(streams: object) -> frozenset[Stream]:
     if streams is None:
-        return frozenset(Stream)
+        return _ALL_STREAMS
     if isinstance(streams, (str, int)) or not isinstance(streams, Iterable):
         raise TypeError(f"streams must be a collection of streams, got {streams!r}")
     chosen = frozenset(_stream(s) for s in streams)
@@ -147,6 +153,7 @@ class TorusLattice:
             streams: Iterable[Stream | int | str] | None = None,
         ) -> None: ...
 
+    # torch.compile traces it: what torch 2.11 cannot trace (enumerations, operator.index) lies in module constants.
     def __post_init__(self) -> None:
         def assign(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
@@ -160,13 +167,13 @@ class TorusLattice:
             raise ValueError(f"n_major * n_minor must be at most 2**48, got {self.n_major} * {self.n_minor}")
         if not isinstance(self.topology, str):
             raise TypeError(f"topology must be a string, got {self.topology!r}")
-        if self.topology not in Topology.__members__:
-            raise ValueError(f"topology must be one of {', '.join(Topology.__members__)}, got {self.topology!r}")
+        if self.topology not in _TOPOLOGIES:
+            raise ValueError(f"topology must be one of {', '.join(_TOPOLOGIES)}, got {self.topology!r}")
         if not 1 <= self.winding < self.n_minor:
             raise ValueError(f"winding must satisfy 1 <= winding < n_minor = {self.n_minor}, got {self.winding}")
         if not isinstance(self.cross_radius, (tuple, list)) or len(self.cross_radius) != 2:
             raise TypeError(f"cross_radius must be two integers (narrow, broad), got {self.cross_radius!r}")
-        radius = tuple(_integer("cross_radius", r) for r in self.cross_radius)
+        radius = tuple([_integer("cross_radius", r) for r in self.cross_radius])
         if min(radius) < 0:
             raise ValueError(f"cross_radius must not be negative, got {radius}")
         assign("cross_radius", radius)
@@ -174,8 +181,8 @@ class TorusLattice:
         if self.topology == "periodic":
             self._check_winding_closes()
         stream_mask = sum(1 << s for s in self.streams)
-        assign("spec", (Topology[self.topology].value, self.n_major, self.n_minor, self.winding,
-                        *self.radii(Stream.cross_u_to_v), stream_mask))
+        assign("spec", (_TOPOLOGIES[self.topology], self.n_major, self.n_minor, self.winding,
+                        *[min(r, _MAX_RADIUS) for r in radius], stream_mask))
 
     def _check_winding_closes(self) -> None:
         if self.winding * self.n_major % self.n_minor == 0:

@@ -90,6 +90,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd_backward(ctx, d_out, d_lse, d_entropy):
+    if d_out is None:
+        return (None,) * len(ctx.needs_input_grad[1:])
     q, k, v, lse, stream_weights, decay, ema_state, ema_alpha, first_key = ctx.saved_tensors
     d_q, d_k, d_v, d_weights, d_decay, d_state, d_alpha = backward_op(
         d_out, q, k, v, lse, stream_weights, decay, ema_state, ema_alpha, first_key, ctx.lattice, ctx.scale,
