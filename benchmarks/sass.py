@@ -213,7 +213,7 @@ def read(kernel: Any, constants: dict[str, Any] | None = None) -> Code:
 
 _KERNEL = re.compile(r"\d([A-Z]\w*?Kernel)")
 _ELEMENT = re.compile(r"\d(B?Float16)")
-_NUMBER = re.compile(r"Li(\d+)E")
+_NUMBER = re.compile(r"L[ib](\d+)E")
 
 
 def read_library(library: Path) -> dict[str, list[Code]]:

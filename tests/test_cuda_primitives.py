@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from torus_kernels import building
+
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
 
@@ -44,6 +46,17 @@ def test_primitives_on_the_cpu(cxx, tmp_path):
     assert shown.count("a fault is reported") == 12
 
 
+def test_a_launch_that_cuda_refuses_names_the_kernel_and_its_configuration(tmp_path):
+    try:
+        nvcc = building.find_nvcc()
+    except building.BuildError as error:
+        pytest.skip(str(error).splitlines()[0])
+    shown = run_program([*nvcc.command, "-arch=sm_80"], "cuda_refusal.cu", tmp_path)
+    what = "kernel idle (grid 3 x 2 x 1, 2 warps a block, 1048576 bytes of shared memory): "
+    assert shown.startswith(what)
+    assert len(shown.strip()) > len(what.strip())  # and why
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_primitives_on_a_gpu(tmp_path):
@@ -51,4 +64,4 @@ def test_primitives_on_a_gpu(tmp_path):
     if nvcc is None:
         pytest.skip("there is no nvcc")
     shown = run_program([nvcc, "-arch=native"], "cuda_primitives.cu", tmp_path)
-    assert shown.count("fragments of a tile") == 4
+    assert shown.count("fragments of a tile") == 7

@@ -65,7 +65,7 @@ void attention_backward(const AttentionBackward& problem, const Device& device) 
     for (int64_t first = 0; first < kv_heads; first += chunk) {
       const int64_t count = min_of(chunk, kv_heads - first);
       Operands& operands = arguments.in;
-      operands.heads.first = first * group;
+      operands.heads.begin_at(first * group);
       for (int i = 0; i < by_queries.count; ++i) {
         operands.squared = by_queries.tables[i];
         operands.begins = i == 0, operands.ends = i == by_queries.count - 1;

@@ -1,17 +1,55 @@
 // Torus attention, forward.
+#include "cross_forward.h"
 #include "forward.h"
-
+#include "line_forward.h"
 #include "plan.h"
 
 namespace torus::cuda {
 
 namespace {
 
-template <class E, int D, int kStreams>
-void launch_forward(const ForwardArguments& arguments, int64_t heads, const Device& device) {
-  using Kernel = ForwardKernel<E, D, kStreams>;
+template <class Kernel>
+void launch_general(const ForwardArguments& arguments, int64_t heads, const Device& device) {
   const Schedule& schedule = arguments.in.schedule;
   launch<Kernel>({schedule.num_blocks, heads}, schedule.warps, Kernel::shared_bytes(schedule.warps), device, arguments);
+}
+
+template <class Kernel>
+void launch_lines(const LineForwardArguments& arguments, int64_t heads, const Device& device) {
+  const Schedule& schedule = arguments.forward.in.schedule;
+  launch<Kernel>({schedule.num_blocks, heads}, schedule.warps, Kernel::shared_bytes(arguments.plan), device, arguments);
+}
+
+// One family of lines, or the cross flows, with the kernel that is for it.
+template <class E, int D>
+void launch_family(const ForwardArguments& arguments, const Lattice& lattice, int64_t heads, const Device& device) {
+  const Schedule& schedule = arguments.in.schedule;
+  const bool in_pairs = arguments.entropy == nullptr && arguments.in.first_key == nullptr;
+  if (schedule.is_cross && in_pairs) {
+    using Kernel = CrossForwardKernel<E, D>;
+    const CrossForwardArguments cross{arguments, cross_plan(lattice, schedule, schedule.seq_len)};
+    if (cross.plan.fits) {
+      launch<Kernel>({cross.plan.num_blocks, heads}, cross.plan.warps, Kernel::kSharedBytes, device, cross);
+      return;
+    }
+  }
+  if (!schedule.is_cross) {
+    using Kernel = LineForwardKernel<E, D, true>;
+    const LineForwardArguments lines{arguments, line_plan(lattice, schedule, schedule.seq_len, Kernel::kChunkBytes)};
+    if (lines.plan.fits) {
+      if (in_pairs) {
+        launch_lines<Kernel>(lines, heads, device);
+      } else {
+        launch_lines<LineForwardKernel<E, D, false>>(lines, heads, device);
+      }
+      return;
+    }
+  }
+  if (schedule.num_streams == 2) {
+    launch_general<ForwardKernel<E, D, 2>>(arguments, heads, device);
+  } else {
+    launch_general<ForwardKernel<E, D, 1>>(arguments, heads, device);
+  }
 }
 
 }  // namespace
@@ -38,13 +76,9 @@ void attention_forward(const AttentionForward& problem, const Device& device) {
       for (int i = 0; i < plan.count; ++i) {
         Operands& operands = arguments.in;
         operands.schedule = plan.schedules[i], operands.squared = plan.tables[i];
-        operands.heads.first = first;
+        operands.heads.begin_at(first);
         operands.begins = i == 0, operands.ends = i == plan.count - 1;
-        if (operands.schedule.num_streams == 2) {
-          launch_forward<E, dim, 2>(arguments, min_of(chunk, heads - first), device);
-        } else {
-          launch_forward<E, dim, 1>(arguments, min_of(chunk, heads - first), device);
-        }
+        launch_family<E, dim>(arguments, in.lattice, min_of(chunk, heads - first), device);
       }
   });
 }

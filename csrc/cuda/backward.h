@@ -21,7 +21,8 @@ struct RowSums {
   float* decay;  // sum rho^2 dS_s
 
   static TORUS_DEVICE Lane<int64_t> at(const Operands& in, const Head& head, const Lane<int>& token, int stream) {
-    return (cast<int64_t>(token) + head.local * in.seq_len) * int64_t{kNumStreams} + static_cast<int64_t>(stream);
+    const Lane<int64_t> row = index_of(token) + int64_t{1} * head.local * in.seq_len;
+    return row * int64_t{kNumStreams} + static_cast<int64_t>(stream);
   }
 };
 
@@ -36,7 +37,7 @@ struct BackwardArguments {
 TORUS_DEVICE Lane<float> load_lse2(const BackwardArguments& arguments, const Head& head, const Lane<int>& token,
                                    int stream) {
   const Operands& in = arguments.in;
-  const Lane<int64_t> row = cast<int64_t>(token) + (head.batch * in.heads.query + head.query) * in.seq_len;
+  const Lane<int64_t> row = index_of(token) + (head.batch * in.heads.query + head.query) * in.seq_len;
   return load(arguments.lse, row * int64_t{kNumStreams} + static_cast<int64_t>(stream), token >= 0, 0.0f) * kLog2e;
 }
 

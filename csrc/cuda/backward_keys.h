@@ -31,9 +31,8 @@ struct KeyGradientsKernel {
     const Operands& in = arguments.in;
     const Schedule& schedule = in.schedule;
     const OwnRows own(schedule, warp);
-    const int64_t local = warp.block_y();
+    const int local = warp.block_y();
     const Head first_head = member_head(in, local, 0);
-    const int64_t strides[2] = {in.q.token, in.d_out.token};
 
     const int own_at = 2 * kBufferBytes + warp.index() * 2 * kOwnBytes;
     const int slices_at = 2 * kBufferBytes + warp.count() * 2 * kOwnBytes + warp.index() * kSliceBytes;
@@ -62,15 +61,16 @@ struct KeyGradientsKernel {
     zero_sums(d_v);
     for (int member = 0; member < in.heads.group(); ++member) {
       const Head head = member_head(in, local, member);
-      const E* const queries[2] = {rows_of<const E>(in.q, head.batch, head.query),
-                                   rows_of<const E>(in.d_out, head.batch, head.query)};
       float slope[kStreams];
       for (int k = 0; k < kStreams; ++k) slope[k] = bias_slope(in, head, schedule.stream[k]);
       for_each_tile(
           warp, schedule, own.place,
           [&](const OtherPlace& other, int buffer) {
             const Lane<int> token = other_tokens(schedule, own.place, other);
-            copy_others<2, E, D>(in, warp, token, queries, strides, {tile(buffer, 0), tile(buffer, 1)});
+            copy_others<2, E, D>(in, warp, token,
+                                 {rows_of<const E>(in.q, head.batch, head.query),
+                                  rows_of<const E>(in.d_out, head.batch, head.query)},
+                                 {in.q.token, in.d_out.token}, {tile(buffer, 0), tile(buffer, 1)});
             stage_numbers(warp, arguments, head, token, oldest(buffer), numbers(buffer));
           },
           [&](const OtherPlace& other, int buffer) {
@@ -108,7 +108,7 @@ struct KeyGradientsKernel {
                                          const Shared<float>& numbers) {
     const Operands& in = arguments.in;
     if (warp.index() == 0) oldest.store(lane_index(), oldest_key(in, head.batch, token), true);
-    for (int item = warp.index(); item < kStreams * kRowNumbers; item += warp.count()) {
+    for (int item = warp.index(); item < kStreams * kRowNumbers; item += in.schedule.warps) {
       const int stream = in.schedule.stream[item / kRowNumbers], number = item % kRowNumbers;
       const float* const sums = number == kGate ? arguments.rows.gate : arguments.rows.delta;
       const Lane<float> x = number == kLse ? load_lse2(arguments, head, token, stream)

@@ -4,28 +4,16 @@
 // and rounds.
 #pragma once
 
-#include "scores.h"
+#include "outputs.h"
 
 namespace torus::cuda {
 
-struct ForwardArguments {
-  Operands in;
-  Tokens out;
-  float* lse;      // [B, H, T, 8] or null
-  float* entropy;  // likewise
-  float* y;        // [heads of the launch, T, head_dim], between families
-};
-
-// One stream of sixteen queries: softmax in base 2 of a lane's two rows, and its product with V. Totals and spreads are
-// of this lane's columns, until `finish`.
+// One stream of sixteen queries: its softmax and its product with V.
 template <class E, int D>
-struct StreamState {
-  Lane<float> maximum[2], total[2];
-  Lane<float> spread[2];  // sum e (x - maximum), what keys add to the entropy
+struct StreamState : SoftmaxSums {
   Sum out[D / kColumns];
 
   TORUS_DEVICE StreamState() {
-    for (int half = 0; half < 2; ++half) maximum[half] = kNegativeInfinity, total[half] = spread[half] = 0.0f;
     TORUS_UNROLL
     for (int t = 0; t < D / kColumns; ++t) out[t] = zero_sum();
   }
@@ -70,15 +58,6 @@ struct StreamState {
     }
     TORUS_UNROLL
     for (int t = 0; t < kTiles; t += 2) multiply_depth<E, D>(out, left_of<E>(e[t], e[t + 1]), values, t * kColumns);
-  }
-
-  // Sums of all columns, the same in the four lanes of a row.
-  TORUS_DEVICE void finish() {
-    for (int half = 0; half < 2; ++half) {
-      maximum[half] = anchor(maximum[half]);
-      total[half] = quad_sum(total[half]);
-      spread[half] = quad_sum(spread[half]);
-    }
   }
 };
 
@@ -151,62 +130,10 @@ struct ForwardKernel {
     TORUS_UNROLL
     for (int k = 0; k < kStreams; ++k) {
       streams[k].finish();
-      Lane<float> factor[2];
-      TORUS_UNROLL
-      for (int half = 0; half < 2; ++half)
-        factor[half] = load_parameter(in.weights, head, own.token[half], schedule.stream[k]) / streams[k].total[half];
-      TORUS_UNROLL
-      for (int t = 0; t < D / kColumns; ++t)
-        TORUS_UNROLL
-        for (int i = 0; i < 4; ++i) y[t].value[i] = y[t].value[i] + streams[k].out[t].value[i] * factor[i / 2];
+      mix_stream<D>(in, head, own.token, k, streams[k], streams[k].out, y);
+      write_statistics(arguments, head, own.token, k, streams[k]);
     }
-    write_statistics(arguments, head, own, streams);
-    write_outputs(arguments, head, own, y);
-  }
-
- private:
-  static TORUS_DEVICE void write_statistics(const Arguments& arguments, const Head& head, const OwnRows& own,
-                                            const StreamState<E, D> (&streams)[kStreams]) {
-    const Operands& in = arguments.in;
-    if (arguments.lse == nullptr && arguments.entropy == nullptr) return;
-    const int64_t first = (head.batch * in.heads.query + head.query) * in.seq_len;
-    TORUS_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const Lane<bool> where = own.token[half] >= 0 && fragment_member() == 0;
-      const Lane<int64_t> row = (cast<int64_t>(own.token[half]) + first) * int64_t{kNumStreams};
-      TORUS_UNROLL
-      for (int k = 0; k < kStreams; ++k) {
-        const Lane<int64_t> at = row + static_cast<int64_t>(in.schedule.stream[k]);
-        const Lane<float> log_total = log2_of(streams[k].total[half]);
-        if (arguments.lse != nullptr) store(arguments.lse, at, (streams[k].maximum[half] + log_total) * kLn2, where);
-        if (arguments.entropy == nullptr) continue;
-        const Lane<float> nats = (log_total - streams[k].spread[half] / streams[k].total[half]) * kLn2;
-        store(arguments.entropy, at, select(nats < 0.0f, Lane<float>(0.0f), nats), where);
-      }
-    }
-  }
-
-  static TORUS_DEVICE void write_outputs(const Arguments& arguments, const Head& head, const OwnRows& own,
-                                         const Sum (&y)[D / kColumns]) {
-    const Operands& in = arguments.in;
-    E* const out = rows_of<E>(arguments.out, head.batch, head.query);
-    const bool compounds = in.state.data != nullptr;
-    const E* const state = rows_of<const E>(in.state, head.batch, head.query);
-    Lane<float> alpha[2];
-    for (int half = 0; half < 2; ++half)
-      alpha[half] = in.ends && compounds ? load_parameter(in.alpha, head, own.token[half], 0) : Lane<float>(1.0f);
-    add_rows<D>(in, arguments.y + head.local * in.tokens(), own.token, y,
-                [&](int half, const Lane<int>& token, const Lane<int>& pair, const Lane<bool>& where, Lane<float> low,
-                    Lane<float> high) {
-                  if (compounds) {
-                    const auto before = load_pair(state, pair_index(token, in.state.token, pair), where);
-                    const Lane<float> low_before = map([](uint32_t x) { return low_of<E>(x); }, before);
-                    const Lane<float> high_before = map([](uint32_t x) { return high_of<E>(x); }, before);
-                    low = low_before + alpha[half] * (low - low_before);
-                    high = high_before + alpha[half] * (high - high_before);
-                  }
-                  store_pair(out, pair_index(token, arguments.out.token, pair), low, high, where);
-                });
+    write_outputs<E, D>(arguments, head, own.token, y);
   }
 };
 

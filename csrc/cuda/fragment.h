@@ -145,12 +145,20 @@ TORUS_DEVICE void load_matrices(const Shared<E>& from, const Lane<int>& row, Lan
 #endif
 }
 
+template <class E>
+TORUS_DEVICE void split(const Lane<uint32_t> (&reg)[4], Right<E> (&result)[2]) {
+  result[0].reg[0] = reg[0], result[0].reg[1] = reg[1];
+  result[1].reg[0] = reg[2], result[1].reg[1] = reg[3];
+}
+
 // Rows of D elements in shared memory. Chunks of 16 bytes are permuted within a row, so that the eight rows of a matrix
 // lie in different banks: by the row's number where a row fills all banks, and by half of it where two rows do.
 template <class E, int D>
 struct Tile {
   static_assert(D == 32 || D == 64 || D == 128, "a row is 64, 128 or 256 bytes");
   static_assert(sizeof(E) == 2, "ldmatrix moves 16-bit elements");
+  using Element = E;
+  static constexpr int kWidth = D;
   static constexpr int kChunk = 8;
   static constexpr int kChunks = D / kChunk;
   static TORUS_INLINE constexpr int bytes(int rows) { return rows * D * static_cast<int>(sizeof(E)); }
@@ -175,7 +183,7 @@ struct Tile {
     const Lane<int> lane = lane_index();
     Lane<uint32_t> reg[4];
     load_matrices<false>(data, at(lane % 8 + lane / 16 * 8 + row0, lane / 8 % 2 + col0 / kChunk), reg);
-    split(reg, result);
+    split<E>(reg, result);
   }
 
   // The same rows as the depth of two right operands, whose columns are columns col0 ... + 15.
@@ -183,13 +191,38 @@ struct Tile {
     const Lane<int> lane = lane_index();
     Lane<uint32_t> reg[4];
     load_matrices<true>(data, at(lane % 16 + row0, lane / 16 + col0 / kChunk), reg);
-    split(reg, result);
+    split<E>(reg, result);
   }
+};
 
- private:
-  static TORUS_DEVICE void split(const Lane<uint32_t> (&reg)[4], Right<E> (&result)[2]) {
-    result[0].reg[0] = reg[0], result[0].reg[1] = reg[1];
-    result[1].reg[0] = reg[2], result[1].reg[1] = reg[3];
+// The same with rows 16 bytes longer instead, which puts matrices into different banks, too: columns are then constant
+// offsets, and a loop over rows has one address to compute.
+template <class E, int D>
+struct PaddedTile {
+  static_assert(sizeof(E) == 2 && D % kDepth == 0);
+  using Element = E;
+  static constexpr int kWidth = D;
+  static constexpr int kChunk = 8;
+  static constexpr int kChunks = D / kChunk;
+  static constexpr int kPitch = D + kChunk;
+  static TORUS_INLINE constexpr int bytes(int rows) { return rows * kPitch * static_cast<int>(sizeof(E)); }
+
+  Shared<E> data;
+
+  static TORUS_DEVICE Lane<int> at(const Lane<int>& row, const Lane<int>& chunk) {
+    return row * kPitch + chunk * kChunk;
+  }
+  TORUS_DEVICE void right_of_rows(int row0, int col0, Right<E> (&result)[2]) const {
+    const Lane<int> lane = lane_index();
+    Lane<uint32_t> reg[4];
+    load_matrices<false>(data, at(lane % 8 + lane / 16 * 8, lane / 8 % 2) + (row0 * kPitch + col0), reg);
+    split<E>(reg, result);
+  }
+  TORUS_DEVICE void right_of_depth(int row0, int col0, Right<E> (&result)[2]) const {
+    const Lane<int> lane = lane_index();
+    Lane<uint32_t> reg[4];
+    load_matrices<true>(data, at(lane % 16, lane / 16) + (row0 * kPitch + col0), reg);
+    split<E>(reg, result);
   }
 };
 

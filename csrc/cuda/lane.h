@@ -85,6 +85,12 @@ TORUS_DEVICE float log2_of(float x) {
   asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 1 / x, to about one unit in the last place; subnormal numbers are zero.
+TORUS_DEVICE float reciprocal_of(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 TORUS_DEVICE float max_of_floats(float a, float b) { return fmaxf(a, b); }
 
 #endif

@@ -22,11 +22,16 @@ inline std::string describe(const char* name, Grid grid, int warps, int shared_b
 
 #if defined(__CUDACC__)
 
-// Of a multiprocessor: what it takes for 255 registers a thread, rather than spills for the sake of more blocks.
-constexpr int kMinBlocks = 2;
+// Blocks that a multiprocessor has room for: what it takes for 255 registers a thread, rather than spills for the sake
+// of more blocks, unless the kernel says otherwise.
+template <class Kernel>
+constexpr int min_blocks() {
+  if constexpr (requires { Kernel::kMinBlocks; }) return Kernel::kMinBlocks;
+  return 2;
+}
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kMaxWarps* kWarpLanes, kMinBlocks)
+__global__ void __launch_bounds__(Kernel::kMaxWarps* kWarpLanes, min_blocks<Kernel>())
     entry(const __grid_constant__ typename Kernel::Arguments arguments) {
   Kernel::run(Warp{}, arguments);
 }

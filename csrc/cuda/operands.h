@@ -9,12 +9,18 @@ namespace torus::cuda {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Heads of a launch: block_y counts from `first`, over the query heads of the whole batch or over its key/value heads.
+// Heads of a launch: block_y counts from the first, over the query heads of the whole batch or its key/value heads.
 struct Heads {
-  int64_t first;
   int query, key_value;  // of one batch element
+  int64_t first_batch;
+  int first;             // query head of it
 
   TORUS_INLINE constexpr int group() const { return query / key_value; }
+  // Query head `head` of the whole batch is the first; so kernels divide 32-bit numbers only.
+  TORUS_INLINE constexpr void begin_at(int64_t head) {
+    first_batch = head / query;
+    first = static_cast<int>(head % query);
+  }
 };
 
 struct Operands {
@@ -35,17 +41,17 @@ struct Operands {
 struct Head {
   int64_t batch;
   int query, key_value;
-  int64_t local;  // in the launch's workspaces of query heads
+  int local;  // in the launch's workspaces of query heads
 };
 
-TORUS_DEVICE Head query_head(const Operands& in, int64_t local) {
-  const int64_t global = in.heads.first + local;
-  const int h = static_cast<int>(global % in.heads.query);
-  return {global / in.heads.query, h, h / in.heads.group(), local};
+TORUS_DEVICE Head query_head(const Operands& in, int local) {
+  const int head = in.heads.first + local;
+  const int h = head % in.heads.query;
+  return {in.heads.first_batch + head / in.heads.query, h, h / in.heads.group(), local};
 }
 
 // Of the launch's key/value head `local`, member of its group.
-TORUS_DEVICE Head member_head(const Operands& in, int64_t local, int member) {
+TORUS_DEVICE Head member_head(const Operands& in, int local, int member) {
   return query_head(in, local * in.heads.group() + member);
 }
 
@@ -54,20 +60,23 @@ TORUS_DEVICE E* rows_of(const Tokens& tokens, int64_t batch, int head) {
   return static_cast<E*>(tokens.data) + batch * tokens.batch + head * tokens.head;
 }
 
+// A token as an index; of rows that do not exist it is of no use.
+TORUS_DEVICE Lane<int64_t> index_of(const Lane<int>& token) { return cast<int64_t>(cast<uint32_t>(token)); }
+
 // A parameter at rows of a head; per head its stride of tokens is 0.
 TORUS_DEVICE Lane<float> load_parameter(const Parameter& parameter, const Head& head, const Lane<int>& token,
                                         int column) {
   const float* const base = static_cast<const float*>(parameter.data) + head.batch * parameter.batch +
                             head.query * parameter.head + column;
-  return load(base, cast<int64_t>(token) * parameter.token, token >= 0, 0.0f);
+  return load(base, index_of(token) * parameter.token, token >= 0, 0.0f);
 }
 
 // The oldest key that a query sees; no key is as old as it where there is no query.
 TORUS_DEVICE Lane<int> oldest_key(const Operands& in, int64_t batch, const Lane<int>& token) {
   constexpr int kNothingSeen = 0x7fffffff;
   if (in.first_key == nullptr) return select(token >= 0, Lane<int>(0), kNothingSeen);
-  const Lane<int64_t> wide = cast<int64_t>(token);
-  const Lane<int64_t> first = load(in.first_key + batch * in.seq_len, wide, token >= 0, int64_t{0});
+  const int64_t* const keys = in.first_key + batch * in.seq_len;
+  const Lane<int64_t> first = load(keys, index_of(token), token >= 0, int64_t{0});
   const auto clip = [](int64_t key, int t) {
     return static_cast<int>(t < 0 ? kNothingSeen : key < 0 ? 0 : key > t ? t : key);
   };
@@ -95,22 +104,26 @@ struct OwnRows {
 };
 
 // Begins to copy rows of some tensors into tiles: row r is that of the token in lane r, zeros where there is none and
-// in columns beyond head_dim. `thread` of `threads` takes its share of chunks of 16 bytes.
-template <int kCount, int kSources, class E, int D>
+// in columns beyond head_dim. `thread` of `threads` takes its share of chunks of 16 bytes. Row 0 goes to row0 of tiles.
+template <int kCount, int kSources, class T, class E = typename T::Element>
 TORUS_DEVICE void copy_rows(const Operands& in, const Lane<int>& token, const E* const (&from)[kSources],
-                            const int64_t (&stride)[kSources], const Tile<E, D> (&to)[kSources],
-                            const Lane<int>& thread, int threads) {
-  using T = Tile<E, D>;
+                            const int64_t (&stride)[kSources], const T (&to)[kSources], const Lane<int>& thread,
+                            int threads, int row0 = 0) {
   static_assert(kCount <= kWarpLanes, "a lane for every row");
+  Lane<int64_t> offset[kSources];
+  TORUS_UNROLL
+  for (int s = 0; s < kSources; ++s)
+    offset[s] = select(token >= 0, index_of(token) * stride[s], Lane<int64_t>(int64_t{-1}));
   for (int first = 0; first < kCount * T::kChunks; first += threads) {
     const Lane<int> item = thread + first;
     const Lane<int> row = item / T::kChunks, chunk = item % T::kChunks;
-    const Lane<int> here = shuffle(token, row % kWarpLanes);
-    const Lane<bool> there = here >= 0 && chunk * T::kChunk < in.head_dim, wanted = item < kCount * T::kChunks;
+    const Lane<bool> exists = chunk * T::kChunk < in.head_dim, wanted = item < kCount * T::kChunks;
     const Lane<int64_t> column = cast<int64_t>(chunk * T::kChunk);
     TORUS_UNROLL
-    for (int s = 0; s < kSources; ++s)
-      copy_async(to[s].data, T::at(row, chunk), from[s], cast<int64_t>(here) * stride[s] + column, there, wanted);
+    for (int s = 0; s < kSources; ++s) {
+      const Lane<int64_t> here = shuffle(offset[s], row % kWarpLanes);
+      copy_async(to[s].data, T::at(row + row0, chunk), from[s], here + column, exists && here >= int64_t{0}, wanted);
+    }
   }
 }
 
@@ -123,7 +136,7 @@ TORUS_DEVICE void copy_own_rows(const Operands& in, const Warp& warp, const OwnR
   const int track = schedule.own_track(own.place, warp.index()), first = schedule.own_position(own.place, warp.index());
   const Lane<int> token =
       map([&](int row) { return schedule.own_token(own.place, track, row); }, lane_index() % kOwnRows + first);
-  copy_rows<kOwnRows, kSources, E, D>(in, token, from, stride, to, lane_index(), kWarpLanes);
+  copy_rows<kOwnRows, kSources, Tile<E, D>>(in, token, from, stride, to, lane_index(), kWarpLanes);
   warp.commit_copies();
   warp.template wait_copies<0>();
   warp.sync();
@@ -143,8 +156,8 @@ template <int kSources, class E, int D>
 TORUS_DEVICE void copy_others(const Operands& in, const Warp& warp, const Lane<int>& token,
                               const E* const (&from)[kSources], const int64_t (&stride)[kSources],
                               const Tile<E, D> (&to)[kSources]) {
-  copy_rows<kOtherRows, kSources, E, D>(in, token, from, stride, to, lane_index() + warp.index() * kWarpLanes,
-                                        warp.count() * kWarpLanes);
+  copy_rows<kOtherRows, kSources, Tile<E, D>>(in, token, from, stride, to,
+                                              lane_index() + warp.index() * kWarpLanes, warp.count() * kWarpLanes);
 }
 
 // Walks over the block's tiles of others in two buffers: stage(tile, buffer) begins to copy one while

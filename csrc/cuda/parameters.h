@@ -42,7 +42,8 @@ struct TokenGradientsKernel {
     Lane<float> sums = 0.0f;
     const int first = slot * kTokensOfWarp;
     for (int t = first; t < in.seq_len && t < first + kTokensOfWarp; ++t) {
-      const Lane<int64_t> at = cast<int64_t>(stream) + (head.local * in.seq_len + t) * int64_t{kNumStreams};
+      const int64_t row = int64_t{1} * head.local * in.seq_len + t;
+      const Lane<int64_t> at = cast<int64_t>(stream) + row * kNumStreams;
       const Lane<float> delta = load(arguments.rows.delta, at, present && of_weights, 0.0f);
       const Lane<float> decay = load(arguments.rows.decay, at, present && !of_weights && lane < kAlphaLane, 0.0f);
       const float* const weights = static_cast<const float*>(in.weights.data) + head.batch * in.weights.batch +

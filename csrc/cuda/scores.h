@@ -12,6 +12,10 @@ namespace torus::cuda {
 constexpr int kTilesOfOthers = kOtherRows / kColumns;
 constexpr float kNegativeInfinity = -__builtin_huge_valf();
 
+struct alignas(8) FloatPair {
+  float low, high;
+};
+
 TORUS_DEVICE Lane<float> quad_sum(Lane<float> x) {
   x = x + shuffle_xor(x, 1);
   return x + shuffle_xor(x, 2);
@@ -46,14 +50,14 @@ struct OwnFragments {
 };
 
 // sums = own rows * rows row0 ... + 8 kTiles - 1 of others^T
-template <int kTiles, class E, int D, bool kHeld>
-TORUS_DEVICE void multiply_rows(Sum (&sums)[kTiles], const OwnFragments<E, D, kHeld>& own, const Tile<E, D>& others,
-                                int row0) {
+template <int kTiles, class Own, class Others>
+TORUS_DEVICE void multiply_rows(Sum (&sums)[kTiles], const Own& own, const Others& others, int row0) {
   static_assert(kTiles % 2 == 0, "others are loaded sixteen at a time");
+  using E = typename Others::Element;
 TORUS_UNROLL
   for (int t = 0; t < kTiles; ++t) sums[t] = zero_sum();
 TORUS_UNROLL
-  for (int k = 0; k < D / kDepth; ++k) {
+  for (int k = 0; k < Others::kWidth / kDepth; ++k) {
     const Left<E> left = own(k);
 TORUS_UNROLL
     for (int t = 0; t < kTiles; t += 2) {
@@ -66,8 +70,8 @@ TORUS_UNROLL
 }
 
 // out (+)= left * rows row0 ... + 15 of others
-template <class E, int D>
-TORUS_DEVICE void multiply_depth(Sum (&out)[D / kColumns], const Left<E>& left, const Tile<E, D>& others, int row0) {
+template <class E, int D, class Others>
+TORUS_DEVICE void multiply_depth(Sum (&out)[D / kColumns], const Left<E>& left, const Others& others, int row0) {
 TORUS_UNROLL
   for (int t = 0; t < D / kColumns; t += 2) {
     Right<E> right[2];
@@ -167,7 +171,7 @@ TORUS_UNROLL
 
 // Index of a pair of columns of a token's row, counted in pairs; strides are even.
 TORUS_DEVICE Lane<int64_t> pair_index(const Lane<int>& token, int64_t stride, const Lane<int>& pair) {
-  return cast<int64_t>(token) * (stride / 2) + cast<int64_t>(pair);
+  return index_of(token) * (stride / 2) + cast<int64_t>(pair);
 }
 
 // Two neighbouring elements of a token's row.
@@ -187,31 +191,37 @@ TORUS_DEVICE void store_pair(E* rows, const Lane<int64_t>& at, const Lane<float>
 template <int D, class Finish>
 TORUS_DEVICE void add_rows(const Operands& in, float* workspace, const Lane<int> (&token)[2],
                            const Sum (&sums)[D / kColumns], Finish finish) {
-  struct alignas(8) Pair {
-    float low, high;
-  };
-  Pair* const pairs = reinterpret_cast<Pair*>(workspace);
-  TORUS_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const Lane<bool> exists = token[half] >= 0;
+  FloatPair* const pairs = reinterpret_cast<FloatPair*>(workspace);
+  const Lane<int64_t> first[2] = {pair_index(token[0], in.head_dim, fragment_member()),
+                                  pair_index(token[1], in.head_dim, fragment_member())};
+  // visit(half, sum, place in the workspace, where) of the lane's pairs.
+  const auto for_each_pair = [&](auto visit) {
     TORUS_UNROLL
-    for (int t = 0; t < D / kColumns; ++t) {
-      const Lane<int> pair = fragment_member() + t * (kColumns / 2);
-      // Columns beyond head_dim, a multiple of kColumns, are missing in all lanes.
-      const Lane<bool> where = exists && t * kColumns < in.head_dim;
-      const Lane<int64_t> at = pair_index(token[half], in.head_dim, pair);
-      Lane<float> low = sums[t].value[2 * half], high = sums[t].value[2 * half + 1];
-      if (!in.begins) {
-        const Lane<Pair> before = load(pairs, at, where, Pair{0.0f, 0.0f});
-        low = low + map([](Pair two) { return two.low; }, before);
-        high = high + map([](Pair two) { return two.high; }, before);
-      }
-      if (in.ends) {
-        finish(half, token[half], pair, where, low, high);
-      } else {
-        store(pairs, at, map([](float x, float y) { return Pair{x, y}; }, low, high), where);
-      }
-    }
+    for (int half = 0; half < 2; ++half)
+      TORUS_UNROLL
+      for (int t = 0; t < D / kColumns; ++t)
+        // Columns beyond head_dim, a multiple of kColumns, are missing in all lanes.
+        visit(half, t, first[half] + int64_t{1} * t * (kColumns / 2), token[half] >= 0 && t * kColumns < in.head_dim);
+  };
+  Sum total[D / kColumns];
+  TORUS_UNROLL
+  for (int t = 0; t < D / kColumns; ++t) total[t] = sums[t];
+  if (!in.begins)
+    for_each_pair([&](int half, int t, const Lane<int64_t>& at, const Lane<bool>& where) {
+      const Lane<FloatPair> before = load(pairs, at, where, FloatPair{0.0f, 0.0f});
+      total[t].value[2 * half] = total[t].value[2 * half] + map([](FloatPair two) { return two.low; }, before);
+      total[t].value[2 * half + 1] = total[t].value[2 * half + 1] + map([](FloatPair two) { return two.high; }, before);
+    });
+  if (in.ends) {
+    for_each_pair([&](int half, int t, const Lane<int64_t>&, const Lane<bool>& where) {
+      finish(half, token[half], fragment_member() + t * (kColumns / 2), where, total[t].value[2 * half],
+             total[t].value[2 * half + 1]);
+    });
+  } else {
+    for_each_pair([&](int half, int t, const Lane<int64_t>& at, const Lane<bool>& where) {
+      const auto pair = [](float low, float high) { return FloatPair{low, high}; };
+      store(pairs, at, map(pair, total[t].value[2 * half], total[t].value[2 * half + 1]), where);
+    });
   }
 }
 

@@ -32,7 +32,11 @@ struct Shared {
 };
 
 struct Warp {
-  TORUS_DEVICE int index() const { return threadIdx.x / kWarpLanes; }
+  int warp;
+
+  // The same in all lanes, so that the compiler knows it is.
+  TORUS_DEVICE Warp() : warp(__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpLanes, 0)) {}
+  TORUS_DEVICE int index() const { return warp; }
   TORUS_DEVICE int count() const { return blockDim.x / kWarpLanes; }
   TORUS_DEVICE int block_x() const { return blockIdx.x; }
   TORUS_DEVICE int block_y() const { return blockIdx.y; }

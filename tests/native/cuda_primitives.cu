@@ -41,9 +41,12 @@ constexpr int kTileRows = 32;
 enum Fragment { kLeft, kOfRows, kOfDepth, kFragments };
 
 // Copies a tile [32, D] into shared memory, and writes out every fragment whose corner is (row0, col0), register by
-// register, then left * (two fragments of rows) and left * (two of depth), value by value.
-template <class E, int D>
+// register, then left * (two fragments of rows) and left * (two of depth), value by value. Left fragments are those of
+// a Tile, right ones of T.
+template <class T>
 struct FragmentKernel {
+  using E = typename T::Element;
+  static constexpr int D = T::kWidth;
   struct Arguments {
     const E* tile;
     int row0, col0;
@@ -54,17 +57,20 @@ struct FragmentKernel {
   static constexpr int kMaxWarps = 1;
 
   static TORUS_DEVICE void run(const Warp& warp, const Arguments& a) {
-    using T = Tile<E, D>;
-    const T tile{warp.template shared<E>(0, kTileRows * D)};
+    using Plain = Tile<E, D>;
+    const T tile{warp.template shared<E>(0, T::bytes(kTileRows) / static_cast<int>(sizeof(E)))};
+    const Plain plain{warp.template shared<E>(T::bytes(kTileRows), kTileRows * D)};
     for (int item = 0; item < kTileRows * T::kChunks; item += kWarpLanes) {
-      const Lane<int> at = lane_index() + item;
-      copy_async(tile.data, T::at(at / T::kChunks, at % T::kChunks), a.tile, cast<int64_t>(at * T::kChunk), true, true);
+      const Lane<int> at = lane_index() + item, row = at / T::kChunks, chunk = at % T::kChunks;
+      const Lane<int64_t> from = cast<int64_t>(at * T::kChunk);
+      copy_async(tile.data, T::at(row, chunk), a.tile, from, true, true);
+      copy_async(plain.data, Plain::at(row, chunk), a.tile, from, true, true);
     }
     warp.commit_copies();
     warp.template wait_copies<0>();
     warp.barrier();
 
-    const Left<E> left = tile.left(a.row0, a.col0);
+    const Left<E> left = plain.left(a.row0, a.col0);
     Right<E> of_rows[2], of_depth[2];
     tile.right_of_rows(a.row0, a.col0, of_rows);
     tile.right_of_depth(a.row0, a.col0, of_depth);
@@ -81,8 +87,8 @@ struct FragmentKernel {
         for (int s = 0; s < 2; ++s) write(a.products, (s * 2 + column) * 4 + i, sums[s].value[i]);
     }
   }
-  template <class T>
-  static TORUS_DEVICE void write(T* to, int row, const Lane<T>& value) {
+  template <class Value>
+  static TORUS_DEVICE void write(Value* to, int row, const Lane<Value>& value) {
     store(to, cast<int64_t>(lane_index() + row * kWarpLanes), value, true);
   }
 };
@@ -126,9 +132,11 @@ uint16_t bits_of_integer(float x) {
   return static_cast<uint16_t>(sign | exponent << 10 | fraction);
 }
 
-template <class E, int D>
+template <class T>
 void check_fragments(const char* name) {
-  using Kernel = FragmentKernel<E, D>;
+  using E = typename T::Element;
+  constexpr int D = T::kWidth;
+  using Kernel = FragmentKernel<T>;
   uint16_t* const tile = allocate<uint16_t>(kTileRows * D);
   // Integers up to 256 are exact in both types, and sums of products below 2^24 in float32.
   const auto value = [](int row, int column) { return static_cast<float>((row * 37 + column * 11) % 257 - 128); };
@@ -139,7 +147,7 @@ void check_fragments(const char* name) {
   bool loads = true, multiplies = true;
   for (int row0 = 0; row0 < kTileRows; row0 += 16)
     for (int col0 = 0; col0 < D; col0 += 16) {
-      launch<Kernel>({1}, 1, Tile<E, D>::bytes(kTileRows), Device{},
+      launch<Kernel>({1}, 1, T::bytes(kTileRows) + Tile<E, D>::bytes(kTileRows), Device{},
                      {reinterpret_cast<const E*>(tile), row0, col0, registers, products});
       wait();
       const auto element = [&](int fragment, int lane, int i) {
@@ -218,7 +226,8 @@ void check_fault(FaultKernel::Body body, const char* expected) {
   } catch (const std::exception& error) {
     message = error.what();
   }
-  require(message.find(expected) != std::string::npos && message.find("kernel fault (grid 1 x 1 x 1") == 0,
+  const char* const where = "kernel fault (grid 1 x 1 x 1, 2 warps a block, 256 bytes of shared memory): ";
+  require(message.find(expected) != std::string::npos && message.find(where) == 0,
           std::string("a fault is reported: ") + expected + " [" + message + "]");
 }
 
@@ -272,10 +281,13 @@ void check_faults() {
 int main() {
   using namespace torus::cuda;
   check_tables();
-  check_fragments<BFloat16, 32>("bfloat16");
-  check_fragments<BFloat16, 64>("bfloat16");
-  check_fragments<BFloat16, 128>("bfloat16");
-  check_fragments<Float16, 64>("float16");
+  check_fragments<Tile<BFloat16, 32>>("bfloat16");
+  check_fragments<Tile<BFloat16, 64>>("bfloat16");
+  check_fragments<Tile<BFloat16, 128>>("bfloat16");
+  check_fragments<Tile<Float16, 64>>("float16");
+  check_fragments<PaddedTile<BFloat16, 32>>("bfloat16, padded");
+  check_fragments<PaddedTile<Float16, 64>>("float16, padded");
+  check_fragments<PaddedTile<BFloat16, 128>>("bfloat16, padded");
   // Ties to even, the largest number, what rounds beyond it, subnormal numbers and infinity.
   check_rounding<BFloat16>("bfloat16",
                            {{1.0f, 0x3f80}, {0x1.01p0f, 0x3f80}, {0x1.03p0f, 0x3f82}, {0x1.feffp127f, 0x7f7f},

@@ -1,5 +1,6 @@
 // Whom the CUDA kernels' schedule makes meet, against the lattice: over all blocks, tiles and rows, every visible pair
-// of a stream is met exactly once, with its distance, and nothing else is; by queries and, mirrored, by keys.
+// of a stream is met exactly once, with its distance, and nothing else is; by queries and, mirrored, by keys, and by
+// queries in the plans of the kernels of lines and of the cross flows.
 //
 // Prints the number of pairs checked; the first difference ends the program with status 1.
 #include <cstdio>
@@ -7,7 +8,7 @@
 #include <map>
 #include <utility>
 
-#include "cuda/schedule.h"
+#include "cuda/cross_plan.h"
 
 namespace torus::cuda {
 namespace {
@@ -74,6 +75,93 @@ Pairs met(const Lattice& lattice, int64_t seq_len, const Schedule& s, int stream
   return pairs;
 }
 
+// With a plan for lines: chunks are met in the block's stretches, and every stretch has what its warps go through.
+Pairs met_on_lines(const Lattice& lattice, int64_t seq_len, const Schedule& s, const LinePlan& plan, int k) {
+  const int stream = s.stream[k];
+  const Reach& reach = plan.reach[k];
+  Pairs pairs;
+  for (int block = 0; block < s.num_blocks; ++block) {
+    const OwnPlace own = s.own(block);
+    const auto token_of = [&](int position) {
+      return s.line_token(own.line, plan.closed ? Schedule::modulo(position, s.loop) : position);
+    };
+    const auto meet = [&](int warp, int chunk) {
+      for (int r = 0; r < kLineChunk; ++r)
+        for (int c = 0; c < kLineChunk; ++c) {
+          const int step = (warp - chunk) * kLineChunk + r - c;
+          const int mine = s.own_token(own, own.line, s.own_position(own, warp) + r);
+          const int theirs = token_of(own.position + chunk * kLineChunk + c);
+          if (step < reach.min_step || step > reach.max_step || mine == kNoToken) continue;
+          const double squared = squared_distance(lattice, seq_len, s, stream, 0, step - s.col_lo);
+          if (squared < 0) continue;
+          // A visible step to a key that there is not would go unnoticed by the kernel.
+          if (theirs == kNoToken) fail(lattice, seq_len, stream, "a key beyond the line is not hidden");
+          const int at = step - reach.min_table_step();
+          if (at < 1 || at >= reach.table_size()) fail(lattice, seq_len, stream, "a step beyond the table");
+          if (!pairs.emplace(std::pair<int64_t, int64_t>(mine, theirs), squared).second)
+            fail(lattice, seq_len, stream, "a pair is met twice on a line");
+        }
+    };
+    StretchWalk walk(plan, s, own, k);
+    bool first = true;
+    do {
+      const Chunks window = walk.window();
+      if (!plan.resident && window.last - window.first >= plan.chunks) fail(lattice, seq_len, stream, "a long window");
+      for (int warp = 0; warp < s.warps; ++warp) {
+        if (s.own_position(own, warp) >= s.line_length(own.line)) continue;
+        for (int part = 0; part < Reach::kParts; ++part) {
+          const Chunks chunks = reach.part(part, warp).within(window);
+          if (first && part == 0 && chunks.empty()) fail(lattice, seq_len, stream, "the own chunk does not come first");
+          for (int chunk = chunks.first; chunk <= chunks.last; ++chunk) {
+            if (!walk.needs(chunk)) fail(lattice, seq_len, stream, "a chunk that is not in its stretch");
+            meet(warp, chunk);
+          }
+        }
+      }
+      first = false;
+    } while (walk.next());
+  }
+  return pairs;
+}
+
+// With a plan for patches.
+Pairs met_in_patches(const Lattice& lattice, int64_t seq_len, const Schedule& s, const CrossPlan& plan, int k) {
+  const int stream = s.stream[k];
+  Pairs pairs;
+  for (int block = 0; block < plan.num_blocks; ++block) {
+    const int own_column = block / plan.blocks_per_column, first_row = block % plan.blocks_per_column * plan.warps;
+    for (int column = 0; column <= kMaxPatchReach; column = CrossPlan::next_column(column)) {
+      const Chunks strip = plan.strip(first_row, column);
+      if (strip.last - strip.first >= kStripPatches) fail(lattice, seq_len, stream, "a long strip");
+      if (!plan.reach[k].columns.has(column)) continue;
+      for (int warp = 0; warp < plan.warps; ++warp) {
+        const Chunks rows = plan.reach[k].rows.shifted(warp).within(strip);
+        for (int row = rows.first; row <= rows.last; ++row)
+          for (int r = 0; r < kOwnRows; ++r)
+            for (int c = 0; c < kOwnRows; ++c) {
+              const int u = (first_row + warp) * kPatch + r / kPatch, v = own_column * kPatch + r % kPatch;
+              const int key_u = (first_row + row) * kPatch + c / kPatch;
+              const int key_v = (own_column + column) * kPatch + c % kPatch;
+              const int a = u - key_u, b = v - key_v;
+              const bool exists = u < s.num_tracks && v < s.track_length;
+              const int mine = exists ? s.site(u, v) : kNoToken, theirs = s.site(key_u, key_v);
+              if (mine == kNoToken || a < s.row_lo || a > s.row_hi || b < s.col_lo || b > s.col_hi) continue;
+              const double squared = squared_distance(lattice, seq_len, s, stream, a - s.row_lo, b - s.col_lo);
+              if (squared < 0) continue;
+              if (theirs == kNoToken) {
+                // The kernel hides what comes before token 0, where a patch may have that.
+                const bool hidden = plan.in_time && first_row + row < plan.first_whole_row(own_column + column);
+                if (!hidden) fail(lattice, seq_len, stream, "a key beyond the lattice is not hidden");
+              } else if (!pairs.emplace(std::pair<int64_t, int64_t>(mine, theirs), squared).second) {
+                fail(lattice, seq_len, stream, "a pair is met twice in patches");
+              }
+            }
+      }
+    }
+  }
+  return pairs;
+}
+
 int64_t check(const Lattice& lattice, int64_t seq_len) {
   int64_t count = 0;
   const auto compare = [&](const Schedule& s, int stream, const Pairs& expected) {
@@ -92,6 +180,27 @@ int64_t check(const Lattice& lattice, int64_t seq_len) {
     for (int k = 0; k < s.num_streams; ++k)
       compare(s, s.stream[k], visible_across(cross_window(lattice, seq_len), seq_len, s.stream[k]));
   }
+  for (int f = 0; f < kNumFamilies; ++f) {
+    const LineFamily lines = line_family(lattice, static_cast<Family>(f), seq_len);
+    const Schedule s = line_schedule(lattice, static_cast<Family>(f), seq_len, false);
+    for (const int chunk_bytes : {1 << 10, 1 << 30}) {  // closed lines are resident, or are not
+      const LinePlan plan = line_plan(lattice, s, seq_len, chunk_bytes);
+      for (int k = 0; plan.fits && k < s.num_streams; ++k) {
+        const Pairs expected = visible_on_lines(lines, s.stream[k]);
+        if (met_on_lines(lattice, seq_len, s, plan, k) != expected)
+          fail(lattice, seq_len, s.stream[k], "queries meet other keys of a line than they see");
+        count += static_cast<int64_t>(expected.size());
+      }
+    }
+  }
+  const Schedule s = cross_schedule(lattice, seq_len, false);
+  const CrossPlan plan = cross_plan(lattice, s, seq_len);
+  for (int k = 0; plan.fits && k < s.num_streams; ++k) {
+    const Pairs expected = visible_across(cross_window(lattice, seq_len), seq_len, s.stream[k]);
+    if (met_in_patches(lattice, seq_len, s, plan, k) != expected)
+      fail(lattice, seq_len, s.stream[k], "queries meet other keys of patches than they see");
+    count += static_cast<int64_t>(expected.size());
+  }
   return count;
 }
 
@@ -107,11 +216,17 @@ int main() {
   count += cuda::check({kPeriodic, 70, 5, 1, 2, 4, kAll}, 350);
   count += cuda::check({kPeriodic, 5, 40, 8, 3, 20, kAll}, 200);
   count += cuda::check({kPeriodic, 2, 2, 1, 3, 7, kAll}, 4);
+  count += cuda::check({kPeriodic, 16, 32, 2, 3, 7, kAll}, 512);
+  count += cuda::check({kPeriodic, 48, 16, 1, 3, 7, kAll}, 768);
+  count += cuda::check({kPeriodic, 2, 300, 150, 3, 7, kAll}, 600);
+  count += cuda::check({kCylinder, 48, 2, 1, 3, 7, kAll}, 96);
   count += cuda::check({kPeriodic, 20, 18, 9, 0, 3, 0b10100110}, 360);
   count += cuda::check({kCylinder, 19, 17, 2, 3, 7, kAll}, 323);
   count += cuda::check({kCylinder, 3, 33, 1, 7, 2, kAll}, 99);
   for (const int64_t seq_len : {1, 7, 50, 333}) count += cuda::check({kCausal, 9, 7, 2, 3, 7, kAll}, seq_len);
   count += cuda::check({kCausal, 3, 90, 1, 3, 50, kAll}, 400);
+  count += cuda::check({kCausal, 40, 2, 1, 8, 8, kAll}, 100);
+  count += cuda::check({kCylinder, 12, 14, 1, 8, 3, kAll}, 168);
   count += cuda::check({kCausal, 1000000007, 5, 3, 1, 2, kAll}, 120);
   count += cuda::check({kCausal, 4, 1000000007, 3, 1, 2, 0b01111101}, 40);
   std::printf("%lld\n", static_cast<long long>(count));

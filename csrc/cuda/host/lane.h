@@ -125,6 +125,9 @@ inline Lane<float> exp2_of(const Lane<float>& x) {
 inline Lane<float> log2_of(const Lane<float>& x) {
   return map([](float one) { return std::log2(one); }, x);
 }
+inline Lane<float> reciprocal_of(const Lane<float>& x) {
+  return map([](float one) { return 1.0f / one; }, x);
+}
 inline Lane<float> max_of_floats(const Lane<float>& a, const Lane<float>& b) {
   return map([](float x, float y) { return std::fmax(x, y); }, a, b);
 }

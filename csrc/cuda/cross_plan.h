@@ -1,0 +1,87 @@
+// How the kernel of the cross flows walks: patches of 4 x 4 queries against patches of 4 x 4 keys, so that chunks of
+// sixteen keys fit the flows' windows in both directions.
+//
+// Patches have rows (of the major loop) and columns; a block's queries are up to kMaxWarps patches of one column, and
+// its keys come strip by strip: the patches of one column that any of its queries sees. Row and column are counted from
+// the block's first patch and go on beyond the lattice's ends.
+#pragma once
+
+#include "line_plan.h"
+
+namespace torus::cuda {
+
+constexpr int kPatch = 4;        // sites of a side
+constexpr int kMaxPatchReach = 2;  // patches that a flow may see on any side
+constexpr int kMaxDisplacement = kPatch * kMaxPatchReach + kPatch - 1;
+constexpr int kPatchTableRow = 2 * kMaxDisplacement + 2;  // an even number: rows of a warp half lie in different banks
+constexpr int kPatchTable = (2 * kMaxDisplacement + 1) * kPatchTableRow;
+
+struct PatchReach {
+  Chunks rows, columns;  // from the queries' own patch
+};
+
+struct CrossPlan {
+  bool fits;        // whether the kernel takes the flows
+  bool open;        // there are no keys beyond the major axis' ends
+  bool in_time;     // tokens go on from one lattice row to the next, and begin with 0
+  int patch_rows, patch_columns;
+  int warps;
+  int blocks_per_column;
+  int num_blocks;
+  PatchReach reach[kMaxStreams];
+
+  // Rows of keys in a strip, of a block of `warps` patches from `first_row` on; columns away from its own.
+  TORUS_INLINE constexpr Chunks strip(int first_row, int column) const {
+    Chunks all{1, 0};
+    for (int k = 0; k < kMaxStreams; ++k) {
+      if (!reach[k].columns.has(column)) continue;
+      const Chunks rows{reach[k].rows.first, reach[k].rows.last + warps - 1};
+      all = all.empty() ? rows : Chunks{all.first < rows.first ? all.first : rows.first,
+                                        all.last > rows.last ? all.last : rows.last};
+    }
+    return open ? all.within({-first_row, patch_rows - 1 - first_row}) : all;
+  }
+  // From this patch row on there are keys at all sites of the column; before it only at some.
+  TORUS_INLINE constexpr int first_whole_row(int patch_column) const { return patch_column < 0 ? 1 : 0; }
+  // Strips in order: the own column first, which every flow sees something of.
+  static TORUS_INLINE constexpr int next_column(int column) {
+    return column > 0 ? column + 1 : column > -kMaxPatchReach ? column - 1 : 1;
+  }
+};
+
+constexpr int kStripPatches = kMaxWarps + 2 * kMaxPatchReach;
+
+TORUS_INLINE constexpr int floor_of_patch(int64_t site) {
+  return static_cast<int>((site - floor_mod(site, kPatch)) / kPatch);
+}
+
+// Patches that show displacements lo ... hi of their sites from those of the own one.
+TORUS_INLINE constexpr Chunks patches_of(int64_t lo, int64_t hi) {
+  return {floor_of_patch(-hi), floor_of_patch(kPatch - 1 - lo)};
+}
+
+TORUS_INLINE constexpr CrossPlan cross_plan(const Lattice& lattice, const Schedule& s, int64_t seq_len) {
+  const CrossWindow window = cross_window(lattice, seq_len);
+  CrossPlan plan{};
+  plan.open = lattice.topology == kCylinder;
+  plan.in_time = lattice.causal();
+  plan.patch_rows = static_cast<int>(ceil_div(s.num_tracks, kPatch));
+  plan.patch_columns = static_cast<int>(ceil_div(s.track_length, kPatch));
+  plan.warps = static_cast<int>(min_of(kMaxWarps, plan.patch_rows));
+  plan.blocks_per_column = static_cast<int>(ceil_div(plan.patch_rows, plan.warps));
+  plan.num_blocks = plan.patch_columns * plan.blocks_per_column;
+  // Rows beyond an open end are not hidden where a patch has rows on either side of it.
+  plan.fits = s.num_streams == kMaxStreams && (!plan.open || lattice.n_major % kPatch == 0);
+  for (int k = 0; k < s.num_streams; ++k) {
+    const int64_t u = window.radius_u(s.stream[k]), v = window.radius_v(s.stream[k]);
+    PatchReach& reach = plan.reach[k];
+    reach.rows = patches_of(max_of(window.a_lo, -u), min_of(window.a_hi, u));
+    reach.columns = patches_of(max_of(window.b_lo, -v), min_of(window.b_hi, v));
+    const Chunks most{-kMaxPatchReach, kMaxPatchReach};
+    plan.fits = plan.fits && most.has(reach.rows.first) && most.has(reach.rows.last) &&
+                most.has(reach.columns.first) && most.has(reach.columns.last);
+  }
+  return plan;
+}
+
+}  // namespace torus::cuda

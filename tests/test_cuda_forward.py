@@ -1,0 +1,101 @@
+"""The CUDA kernels of lines and cross flows in the several ways that they go, on a GPU or on the emulation."""
+
+import dense
+import pytest
+import torch
+from conftest import require_backend
+from support import Backend, assert_within_budget, label, make_problem, score_roundings
+
+from torus_kernels import TorusLattice
+
+pytestmark = [] if Backend("cuda").is_emulated else [pytest.mark.gpu]
+
+LINE_STREAMS, CROSS_FLOWS = range(6), (6, 7)
+
+
+def lines(n_major: int, n_minor: int, topology: str = "periodic", winding: int = 1) -> TorusLattice:
+    return TorusLattice(n_major, n_minor, topology, winding, streams=LINE_STREAMS)
+
+
+def patches(n_major: int, n_minor: int, topology: str = "periodic", radius: tuple[int, int] = (3, 7)) -> TorusLattice:
+    return TorusLattice(n_major, n_minor, topology, cross_radius=radius, streams=CROSS_FLOWS)
+
+
+# Lattice, sequence length, head dimension.
+CASES = {
+    "closed lines that are resident": (lines(48, 16), 768, 24),
+    "one chunk around": (lines(16, 16), 256, 64),
+    "closed lines in stretches, with queries left over": (lines(150, 3), 450, 8),
+    "closed lines in stretches, in whole chunks": (lines(160, 2), 320, 128),
+    "open in time": (lines(20, 70, "causal", 3), 400, 40),
+    "arcs far back in time": (lines(2, 150, "causal"), 333, 8),
+    "both ways along an open line": (lines(160, 2, "cylinder"), 320, 8),
+    "patches": (patches(32, 16), 512, 64),
+    "patches cut by the lattice's ends": (patches(21, 21), 441, 24),
+    "patches that are wider than the lattice": (patches(6, 3, radius=(8, 5)), 18, 8),
+    "patches in time": (patches(20, 18, "causal"), 403, 40),
+    "patches in time on few columns": (patches(90, 2, "causal", (8, 1)), 300, 128),
+    "patches on a cylinder": (patches(24, 10, "cylinder", (4, 0)), 240, 8),
+}
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    return require_backend("cuda")
+
+
+def problem_of(cuda, case: str, dtype: torch.dtype):
+    lattice, seq_len, head_dim = CASES[case]
+    return make_problem(lattice, seq_len, heads=2, kv_heads=1, head_dim=head_dim).to(dtype, cuda.device)
+
+
+def check_output(cuda, problem) -> None:
+    exact = dense.attention(**problem.to(torch.float64, problem.q.device.type).arguments())
+    plain = dense.attention(**problem.arguments())
+    out = cuda.attention(**problem.arguments())
+    assert_within_budget({"out": out}, {"out": exact}, {"out": plain}, score_roundings(problem))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=label)
+@pytest.mark.parametrize("case", CASES)
+def test_error_budget(cuda, case, dtype):
+    check_output(cuda, problem_of(cuda, case, dtype))
+
+
+@pytest.mark.parametrize("case", ["closed lines that are resident", "arcs far back in time", "patches",
+                                  "patches in time"])
+def test_scores_that_grow(cuda, case):
+    """Exponents beyond any first maximum, by hundreds."""
+    problem = problem_of(cuda, case, torch.float16)
+    growth = torch.linspace(0.0, 8.0, problem.q.shape[2], device=problem.q.device, dtype=problem.q.dtype)[:, None]
+    check_output(cuda, problem.replace(k=problem.k * growth, q=problem.q * 2))
+    check_output(cuda, problem.replace(k=problem.k * growth.flip(0), q=problem.q * 2))
+
+
+@pytest.mark.parametrize("case", ["closed lines that are resident", "open in time"])
+def test_statistics_leave_the_output_as_it_is(cuda, case):
+    """Two chunks at a time, or one: to the bit the same, whichever rows ask for a new maximum."""
+    problem = problem_of(cuda, case, torch.bfloat16)
+    growth = torch.linspace(0.0, 6.0, problem.q.shape[2], device=problem.q.device, dtype=problem.q.dtype)[:, None]
+    for changed in (problem, problem.replace(k=problem.k * growth)):
+        assert torch.equal(cuda.attention(**changed.arguments()),
+                           cuda.attention_with_stats(**changed.arguments())[0])
+
+
+@pytest.mark.parametrize("case", ["open in time", "patches in time"])
+def test_no_row_depends_on_the_others_of_its_warp(cuda, case):
+    problem = problem_of(cuda, case, torch.bfloat16)
+    out = cuda.attention(**problem.arguments())
+    for t in (130, 217, 311):
+        later = {name: getattr(problem, name).clone() for name in ("q", "k", "v")}
+        for x in later.values():
+            x[:, :, t + 1 :] = 37.0
+        changed = cuda.attention(**problem.replace(**later).arguments())
+        assert torch.equal(changed[:, :, : t + 1], out[:, :, : t + 1]), t
+
+
+def test_first_key_far_along_a_line(cuda):
+    problem = problem_of(cuda, "open in time", torch.bfloat16)
+    starts = torch.tensor([0, 33, 100, 301], device=problem.q.device)
+    document = torch.bucketize(torch.arange(problem.q.shape[2], device=problem.q.device), starts, right=True) - 1
+    check_output(cuda, problem.replace(first_key=starts[document][None]))
