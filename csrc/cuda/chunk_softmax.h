@@ -97,8 +97,20 @@ struct ChunkSoftmax : SoftmaxSums {
     for (int t = 0; t < D / kColumns; ++t) out[t] = zero_sum();
   }
 
+  // The queries' own chunk, before any other: every row sees something of it.
+  template <class Table>
+  TORUS_DEVICE void begin(const Table& table, int slot) {
+    Sum x[kChunkTiles];
+    multiply_rows(x, query, keys, slot * kChunkKeys);
+    add_biases(x, ChunkBiases<kChunkTiles>(table, 0), 0, scale2);
+    TORUS_UNROLL
+    for (int half = 0; half < 2; ++half) maximum[half] = anchor(quad_maximum(highest(x, half)));
+    exponentiate(x, maximum, total);
+    multiply_depth<E, D>(out, left_of<E>(x[0], x[1]), values, slot * kChunkKeys);
+  }
+
   // Neighbouring chunks that lie in slots, the first so far from the queries' own; false, and nothing done, where their
-  // exponentials are too large. Not before `add_chunk` has found a maximum.
+  // exponentials are too large. Not before there is a maximum.
   template <int kChunks, class Table>
   TORUS_DEVICE bool add_chunks(const Table& table, int chunk, const int (&slots)[kChunks]) {
     Sum e[kChunks][kChunkTiles];
@@ -137,13 +149,9 @@ struct ChunkSoftmax : SoftmaxSums {
     exponentiate(e, from, sums);
     TORUS_UNROLL
     for (int half = 0; half < 2; ++half) {
-      Lane<float> highest = kNegativeInfinity;
-      TORUS_UNROLL
-      for (int t = 0; t < kChunkTiles; ++t)
-        highest = max_of_floats(highest, max_of_floats(x[t].value[2 * half], x[t].value[2 * half + 1]));
       const Lane<float> before = maximum[half];
       const Lane<bool> grows = before == kNegativeInfinity || quad_maximum(sums[half]) > kHeadroom;
-      maximum[half] = select(grows, quad_maximum(highest), before);
+      maximum[half] = select(grows, quad_maximum(highest(x, half)), before);
       const Lane<float> shift = from[half];
       from[half] = anchor(maximum[half]);
       kept[half] = exp2_of(before - from[half]);
@@ -172,6 +180,14 @@ struct ChunkSoftmax : SoftmaxSums {
   }
 
  private:
+  // Of a row's columns in a lane.
+  static TORUS_DEVICE Lane<float> highest(const Sum (&x)[kChunkTiles], int half) {
+    Lane<float> result = kNegativeInfinity;
+    TORUS_UNROLL
+    for (int t = 0; t < kChunkTiles; ++t)
+      result = max_of_floats(result, max_of_floats(x[t].value[2 * half], x[t].value[2 * half + 1]));
+    return result;
+  }
   static TORUS_DEVICE void copy(Sum (&to)[kChunkTiles], const Sum (&from)[kChunkTiles]) {
     TORUS_UNROLL
     for (int t = 0; t < kChunkTiles; ++t) to[t] = from[t];

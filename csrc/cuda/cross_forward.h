@@ -20,18 +20,17 @@ TORUS_DEVICE void fill_patch_biases(const Shared<FloatPair>& pairs, int at, cons
                                     int stream, float slope) {
   const Schedule& s = in.schedule;
   const float* const squared = in.squared + s.table_size() * stream;
-  const auto bias = [&](const Lane<int>& a, const Lane<int>& b) {
-    const Lane<bool> there = a >= s.row_lo && a <= s.row_hi && b >= s.col_lo && b <= s.col_hi;
-    const Lane<int> place = (a - s.row_lo) * s.table_columns() + (b - s.col_lo);
-    const Lane<float> x = load(squared, cast<int64_t>(place), there, -1.0f);
-    return select(x >= 0.0f, x * slope, kNegativeInfinity);
-  };
-  for (int first = warp.index() * kWarpLanes; first < kPatchTable; first += warp.count() * kWarpLanes) {
-    const Lane<int> place = lane_index() + first;
-    const Lane<int> a = place / kPatchTableRow - kMaxDisplacement, b = place % kPatchTableRow - kMaxDisplacement;
-    const Lane<FloatPair> pair =
-        map([](float x, float before) { return FloatPair{x, before}; }, bias(a, b), bias(a, b - 1));
-    pairs.store(place + at, pair, place < kPatchTable);
+  static_assert(kPatchTableRow <= kWarpLanes, "a lane for every column");
+  const Lane<int> b = lane_index() - kMaxDisplacement;
+  for (int row = warp.index(); row < kPatchTable / kPatchTableRow; row += warp.count()) {
+    const int a = row - kMaxDisplacement, place = (a - s.row_lo) * s.table_columns() - s.col_lo;
+    const bool exists = a >= s.row_lo && a <= s.row_hi;
+    const Lane<bool> there = b >= s.col_lo && b <= s.col_hi && exists;
+    const Lane<float> x = load(squared, cast<int64_t>(b + place), there, -1.0f);
+    const Lane<float> bias = select(x >= 0.0f, x * slope, kNegativeInfinity);
+    const Lane<float> before = shuffle(bias, (lane_index() + (kWarpLanes - 1)) % kWarpLanes);
+    const Lane<FloatPair> pair = map([](float low, float high) { return FloatPair{low, high}; }, bias, before);
+    pairs.store(lane_index() + (row * kPatchTableRow + at), pair, lane_index() < kPatchTableRow);
   }
 }
 
@@ -51,8 +50,7 @@ struct CrossForwardKernel {
     const Schedule& schedule = in.schedule;
     const CrossPlan& plan = arguments.plan;
     const Head head = query_head(in, warp.block_y());
-    const int own_column = warp.block_x() / plan.blocks_per_column;
-    const int first_row = warp.block_x() % plan.blocks_per_column * plan.warps;
+    const int own_column = plan.column_of(warp.block_x()), first_row = plan.first_row_of(warp.block_x());
     const Rows keys{warp.template shared<E>(0, kStripRows * Rows::kPitch)};
     const Rows values{warp.template shared<E>(Rows::bytes(kStripRows), kStripRows * Rows::kPitch)};
     const Shared<FloatPair> pairs = warp.template shared<FloatPair>(kTableAt, kMaxStreams * kPatchTable);
@@ -97,18 +95,19 @@ struct CrossForwardKernel {
   }
 
  private:
-  // Keys and values of a strip, a patch a warp; there on return for the warp's own part.
+  // Keys and values of a strip, two patches a warp; there on return for the warp's own part.
   static TORUS_DEVICE void stage(const Warp& warp, const Operands& in, const Head& head, int first_row,
                                  int patch_column, const Chunks& strip, const Rows (&to)[2]) {
     const E* const from[2] = {rows_of<const E>(in.k, head.batch, head.key_value),
                               rows_of<const E>(in.v, head.batch, head.key_value)};
     const int64_t stride[2] = {in.k.token, in.v.token};
-    for (int row = strip.first + warp.index(); row <= strip.last; row += warp.count()) {
+    for (int row = strip.first + 2 * warp.index(); row <= strip.last; row += 2 * warp.count()) {
       const auto token = [&](int key) {
         return in.schedule.site((first_row + row) * kPatch + key / kPatch, patch_column * kPatch + key % kPatch);
       };
-      copy_rows<kChunkKeys, 2, Rows>(in, map(token, lane_index() % kChunkKeys), from, stride, to, lane_index(),
-                                     kWarpLanes, (row - strip.first) * kChunkKeys);
+      const int rows = row < strip.last ? 2 * kChunkKeys : kChunkKeys;
+      copy_rows<2 * kChunkKeys, 2, Rows>(in, map(token, lane_index()), from, stride, to, lane_index(), kWarpLanes,
+                                         (row - strip.first) * kChunkKeys, rows);
     }
     warp.commit_copies();
     warp.template wait_copies<0>();
@@ -132,7 +131,7 @@ struct CrossForwardKernel {
       });
     };
     const bool in_own_column = column == 0;
-    if (in_own_column) add(own_row);
+    if (in_own_column) softmax.begin(table, own_row - strip.first);
     int row = seen.first;
     while (true) {
       while (row < seen.last && row >= whole && !(in_own_column && (row == own_row || row + 1 == own_row)) &&

@@ -26,9 +26,12 @@ struct CrossPlan {
   bool in_time;     // tokens go on from one lattice row to the next, and begin with 0
   int patch_rows, patch_columns;
   int warps;
-  int blocks_per_column;
   int num_blocks;
+  Divisor by_blocks;  // of a column
   PatchReach reach[kMaxStreams];
+
+  TORUS_INLINE constexpr int column_of(int block) const { return by_blocks.quotient(block); }
+  TORUS_INLINE constexpr int first_row_of(int block) const { return by_blocks.remainder(block) * warps; }
 
   // Rows of keys in a strip, of a block of `warps` patches from `first_row` on; columns away from its own.
   TORUS_INLINE constexpr Chunks strip(int first_row, int column) const {
@@ -68,8 +71,8 @@ TORUS_INLINE constexpr CrossPlan cross_plan(const Lattice& lattice, const Schedu
   plan.patch_rows = static_cast<int>(ceil_div(s.num_tracks, kPatch));
   plan.patch_columns = static_cast<int>(ceil_div(s.track_length, kPatch));
   plan.warps = static_cast<int>(min_of(kMaxWarps, plan.patch_rows));
-  plan.blocks_per_column = static_cast<int>(ceil_div(plan.patch_rows, plan.warps));
-  plan.num_blocks = plan.patch_columns * plan.blocks_per_column;
+  plan.by_blocks = Divisor::of(ceil_div(plan.patch_rows, plan.warps));
+  plan.num_blocks = plan.patch_columns * plan.by_blocks.value;
   // Rows beyond an open end are not hidden where a patch has rows on either side of it.
   plan.fits = s.num_streams == kMaxStreams && (!plan.open || lattice.n_major % kPatch == 0);
   for (int k = 0; k < s.num_streams; ++k) {

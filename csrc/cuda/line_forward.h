@@ -129,7 +129,7 @@ struct LineForwardKernel {
     return at < 0 ? at + walk.plan.chunks : at >= walk.plan.chunks ? at - walk.plan.chunks : at;
   }
 
-  // Keys and values of a stretch, a chunk a warp; there on return for the warp's own part.
+  // Keys and values of a stretch, two chunks a warp; there on return for the warp's own part.
   static TORUS_DEVICE void stage(const Warp& warp, const Operands& in, const Head& head, const OwnPlace& own,
                                  const StretchWalk& walk, const Rows (&to)[2]) {
     const Schedule& schedule = in.schedule;
@@ -139,17 +139,18 @@ struct LineForwardKernel {
     const int64_t stride[2] = {in.k.token, in.v.token};
     const Chunks window = plan.resident ? Chunks{0, plan.chunks - 1} : walk.window();
     const int origin = plan.resident ? 0 : own.position;
-    for (int chunk = window.first + warp.index(); chunk <= window.last; chunk += warp.count()) {
-      if (!walk.needs(chunk)) continue;
+    for (int chunk = window.first + 2 * warp.index(); chunk <= window.last; chunk += 2 * warp.count()) {
+      if (!walk.needs(chunk) && !walk.needs(chunk + 1)) continue;
       const int position = origin + chunk * kLineChunk;
       const auto token = [&](int row) {
         const bool wraps = plan.closed && !plan.resident;
-        const int at = wraps ? Schedule::modulo(position + row, schedule.loop) : position + row;
+        const int at = wraps ? schedule.by_loop.modulo(position + row) : position + row;
         return schedule.line_token(own.line, at);
       };
       const int row0 = (chunk - (plan.resident ? 0 : walk.z * plan.chunks)) * kLineChunk;
-      copy_rows<kLineChunk, 2, Rows>(in, map(token, lane_index() % kLineChunk), from, stride, to, lane_index(),
-                                     kWarpLanes, row0);
+      const int rows = chunk < window.last ? 2 * kLineChunk : kLineChunk;
+      copy_rows<2 * kLineChunk, 2, Rows>(in, map(token, lane_index()), from, stride, to, lane_index(), kWarpLanes, row0,
+                                         rows);
     }
     warp.commit_copies();
     warp.template wait_copies<0>();
@@ -160,9 +161,10 @@ struct LineForwardKernel {
                                  const StretchWalk& walk, const OldestPositions<!kInPairs>& oldest,
                                  const LineBiases& table, ChunkSoftmax<E, D>& softmax) {
     const bool with_spread = !kInPairs && arguments.forward.entropy != nullptr;
-    for (int part = 0; part < Reach::kParts; ++part) {
-      const Chunks chunks = walk.reach.part(part, warp.index()).within(walk.window());
-      const int own_chunk = warp.index(), slots = walk.plan.chunks;
+    const int own_chunk = warp.index(), slots = walk.plan.chunks;
+    if (kInPairs && walk.z == 0) softmax.begin(table, slot(walk, own.place, own_chunk));
+    for (int part = kInPairs ? 1 : 0; part < Reach::kParts; ++part) {
+      const Chunks chunks = walk.reach.part(part, own_chunk).within(walk.window());
       const auto next = [slots](int slot) { return slot + 1 == slots ? 0 : slot + 1; };
       int chunk = chunks.first, at = slot(walk, own.place, chunk);
       while (true) {
@@ -175,7 +177,7 @@ struct LineForwardKernel {
         const auto hide = [&](Sum (&scores)[kChunkTiles]) {
           oldest.hide(scores, own.place.position + chunk * kLineChunk);
         };
-        const bool last = kInPairs && part > 0 && chunk == chunks.last;
+        const bool last = kInPairs && chunk == chunks.last;
         if (!last || !softmax.template add_chunks<1>(table, chunk - own_chunk, {at}))
           softmax.add_chunk(table, chunk - own_chunk, at, with_spread, hide);
         ++chunk, at = next(at);

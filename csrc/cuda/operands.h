@@ -11,11 +11,15 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 // Heads of a launch: block_y counts from the first, over the query heads of the whole batch or its key/value heads.
 struct Heads {
-  int query, key_value;  // of one batch element
+  int query;         // of one batch element
+  Divisor by_query, by_group;  // query heads of a batch element, and of a key/value head
   int64_t first_batch;
-  int first;             // query head of it
+  int first;         // query head of it
 
-  TORUS_INLINE constexpr int group() const { return query / key_value; }
+  static constexpr Heads of(int64_t query, int64_t key_value) {
+    return {static_cast<int>(query), Divisor::of(query), Divisor::of(query / key_value), 0, 0};
+  }
+  TORUS_INLINE constexpr int group() const { return by_group.value; }
   // Query head `head` of the whole batch is the first; so kernels divide 32-bit numbers only.
   TORUS_INLINE constexpr void begin_at(int64_t head) {
     first_batch = head / query;
@@ -46,8 +50,8 @@ struct Head {
 
 TORUS_DEVICE Head query_head(const Operands& in, int local) {
   const int head = in.heads.first + local;
-  const int h = head % in.heads.query;
-  return {in.heads.first_batch + head / in.heads.query, h, h / in.heads.group(), local};
+  const int batch = in.heads.by_query.quotient(head), h = head - batch * in.heads.query;
+  return {in.heads.first_batch + batch, h, in.heads.by_group.quotient(h), local};
 }
 
 // Of the launch's key/value head `local`, member of its group.
@@ -103,21 +107,21 @@ struct OwnRows {
   }
 };
 
-// Begins to copy rows of some tensors into tiles: row r is that of the token in lane r, zeros where there is none and
-// in columns beyond head_dim. `thread` of `threads` takes its share of chunks of 16 bytes. Row 0 goes to row0 of tiles.
+// Begins to copy rows of some tensors into tiles, from row0 on: row r, of `rows`, is that of the token in lane r, zeros
+// where there is none and in columns beyond head_dim. `thread` of `threads` takes its share of chunks of 16 bytes.
 template <int kCount, int kSources, class T, class E = typename T::Element>
 TORUS_DEVICE void copy_rows(const Operands& in, const Lane<int>& token, const E* const (&from)[kSources],
                             const int64_t (&stride)[kSources], const T (&to)[kSources], const Lane<int>& thread,
-                            int threads, int row0 = 0) {
+                            int threads, int row0 = 0, int rows = kCount) {
   static_assert(kCount <= kWarpLanes, "a lane for every row");
   Lane<int64_t> offset[kSources];
   TORUS_UNROLL
   for (int s = 0; s < kSources; ++s)
     offset[s] = select(token >= 0, index_of(token) * stride[s], Lane<int64_t>(int64_t{-1}));
-  for (int first = 0; first < kCount * T::kChunks; first += threads) {
+  for (int first = 0; first < rows * T::kChunks; first += threads) {
     const Lane<int> item = thread + first;
     const Lane<int> row = item / T::kChunks, chunk = item % T::kChunks;
-    const Lane<bool> exists = chunk * T::kChunk < in.head_dim, wanted = item < kCount * T::kChunks;
+    const Lane<bool> exists = chunk * T::kChunk < in.head_dim, wanted = item < rows * T::kChunks;
     const Lane<int64_t> column = cast<int64_t>(chunk * T::kChunk);
     TORUS_UNROLL
     for (int s = 0; s < kSources; ++s) {

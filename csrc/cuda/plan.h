@@ -44,7 +44,7 @@ struct Plan {
 
 inline Operands operands_of(const AttentionInputs& in) {
   Operands operands{};
-  operands.heads = {static_cast<int>(in.heads), static_cast<int>(in.kv_heads), 0, 0};
+  operands.heads = Heads::of(in.heads, in.kv_heads);
   operands.seq_len = static_cast<int>(in.seq_len);
   operands.head_dim = static_cast<int>(in.head_dim);
   operands.scale = static_cast<float>(in.scale);

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "../lattice.h"
+#include "divisor.h"
 #include "kernels.h"
 
 namespace torus::cuda {
@@ -52,17 +53,17 @@ struct Schedule {
   int warps;                     // of a block
   int blocks_per_line;           // or blocks across the lattice
   int num_blocks;
+  Divisor by_major, by_minor, by_loop, by_blocks;  // n_major, n_minor, loop, blocks_per_line
 
   TORUS_INLINE constexpr int sign() const { return mirrored ? -1 : 1; }
   TORUS_INLINE constexpr int table_columns() const { return col_hi - col_lo + 1; }
   TORUS_INLINE constexpr int table_rows() const { return row_hi - row_lo + 1; }
   TORUS_INLINE constexpr int64_t table_size() const { return int64_t{1} * table_rows() * table_columns(); }
 
-  static TORUS_INLINE constexpr int modulo(int a, int n) { return (a % n + n) % n; }
-
   TORUS_INLINE constexpr OwnPlace own(int block) const {
-    if (is_cross) return {block / blocks_per_line * warps, block % blocks_per_line * kOwnRows, 0};
-    return {0, block % blocks_per_line * warps * kOwnRows, block / blocks_per_line};
+    const int line = by_blocks.quotient(block), part = block - line * blocks_per_line;
+    if (is_cross) return {line * warps, part * kOwnRows, 0};
+    return {0, part * warps * kOwnRows, line};
   }
   TORUS_INLINE constexpr int own_track(const OwnPlace& own, int warp) const {
     return is_cross ? own.track + warp : own.track;
@@ -91,8 +92,8 @@ struct Schedule {
     switch (family) {
       case kMajor: return i * n_minor + line;
       case kMinor: return line * n_minor + i;
-      case kClockwise: return i * n_minor + (line + winding * i) % n_minor;
-      default: return i * n_minor + modulo(line - winding * i, n_minor);
+      case kClockwise: return i * n_minor + by_minor.remainder(line + winding * i);
+      default: return i * n_minor + by_minor.modulo(line - winding * i);
     }
   }
 
@@ -102,7 +103,7 @@ struct Schedule {
       return token >= 0 && token < seq_len ? static_cast<int>(token) : kNoToken;
     }
     if (topology == kCylinder && (u < 0 || u >= n_major)) return kNoToken;
-    return modulo(u, n_major) * n_minor + modulo(v, n_minor);
+    return by_major.modulo(u) * n_minor + by_minor.modulo(v);
   }
 
   // Columns of the table that streams have in a row of it: [-half_width, half_width] at most, -1 where none.
@@ -206,6 +207,7 @@ TORUS_INLINE constexpr Schedule schedule_of(const Lattice& lattice, int64_t seq_
   s.n_major = static_cast<int>(min_of(lattice.n_major, 2 * kMaxTokens - 1));
   s.n_minor = static_cast<int>(min_of(lattice.n_minor, 2 * kMaxTokens - 1));
   s.winding = static_cast<int>(min_of(lattice.winding, 2 * kMaxTokens - 1));
+  s.by_major = Divisor::of(s.n_major), s.by_minor = Divisor::of(s.n_minor);
   return s;
 }
 
@@ -223,6 +225,7 @@ TORUS_INLINE constexpr Schedule line_schedule(const Lattice& lattice, Family fam
   s.warps = static_cast<int>(min_of(kMaxWarps, ceil_div(s.track_length, kOwnRows)));
   s.blocks_per_line = static_cast<int>(ceil_div(s.track_length, s.warps * kOwnRows));
   s.num_blocks = s.num_tracks * s.blocks_per_line;
+  s.by_loop = Divisor::of(s.loop), s.by_blocks = Divisor::of(s.blocks_per_line);
   return s;
 }
 
@@ -243,6 +246,7 @@ TORUS_INLINE constexpr Schedule cross_schedule(const Lattice& lattice, int64_t s
   s.warps = static_cast<int>(min_of(kMaxWarps, s.num_tracks));
   s.blocks_per_line = static_cast<int>(ceil_div(s.track_length, kOwnRows));
   s.num_blocks = static_cast<int>(ceil_div(s.num_tracks, s.warps)) * s.blocks_per_line;
+  s.by_blocks = Divisor::of(s.blocks_per_line);
   return s;
 }
 

@@ -83,7 +83,7 @@ Pairs met_on_lines(const Lattice& lattice, int64_t seq_len, const Schedule& s, c
   for (int block = 0; block < s.num_blocks; ++block) {
     const OwnPlace own = s.own(block);
     const auto token_of = [&](int position) {
-      return s.line_token(own.line, plan.closed ? Schedule::modulo(position, s.loop) : position);
+      return s.line_token(own.line, plan.closed ? s.by_loop.modulo(position) : position);
     };
     const auto meet = [&](int warp, int chunk) {
       for (int r = 0; r < kLineChunk; ++r)
@@ -129,7 +129,7 @@ Pairs met_in_patches(const Lattice& lattice, int64_t seq_len, const Schedule& s,
   const int stream = s.stream[k];
   Pairs pairs;
   for (int block = 0; block < plan.num_blocks; ++block) {
-    const int own_column = block / plan.blocks_per_column, first_row = block % plan.blocks_per_column * plan.warps;
+    const int own_column = plan.column_of(block), first_row = plan.first_row_of(block);
     for (int column = 0; column <= kMaxPatchReach; column = CrossPlan::next_column(column)) {
       const Chunks strip = plan.strip(first_row, column);
       if (strip.last - strip.first >= kStripPatches) fail(lattice, seq_len, stream, "a long strip");
