@@ -1,6 +1,6 @@
 // Whom the CUDA kernels' schedule makes meet, against the lattice: over all blocks, tiles and rows, every visible pair
 // of a stream is met exactly once, with its distance, and nothing else is; by queries and, mirrored, by keys, and by
-// queries in the plans of the kernels of lines and of the cross flows.
+// queries in the plans of the kernels of lines and of the cross flows. Before that, the divisions that they share.
 //
 // Prints the number of pairs checked; the first difference ends the program with status 1.
 #include <cstdio>
@@ -204,11 +204,32 @@ int64_t check(const Lattice& lattice, int64_t seq_len) {
   return count;
 }
 
+// Division by multiplication, at and around multiples of the divisor over the whole range.
+void check_divisor(int64_t value) {
+  const Divisor divisor = Divisor::of(value);
+  constexpr int64_t kEnd = int64_t{1} << 31;
+  for (int64_t part = 0; part <= 64; ++part)
+    for (int64_t near = -2; near <= 2; ++near) {
+      const int64_t x = kEnd / 64 * part / value * value + near;
+      if (x < -value || x >= kEnd) continue;
+      const int narrow = static_cast<int>(x);
+      const bool right = divisor.modulo(narrow) == floor_mod(x, value) &&
+                         (x < 0 || (divisor.quotient(narrow) == x / value && divisor.remainder(narrow) == x % value));
+      if (right) continue;
+      std::printf("%d divided by %d is not %d\n", narrow, divisor.value, divisor.quotient(narrow));
+      std::exit(1);
+    }
+}
+
 }  // namespace
 }  // namespace torus::cuda
 
 int main() {
   using namespace torus;
+  for (int64_t value = 1; value <= 5000; ++value) cuda::check_divisor(value);
+  for (int bit = 13; bit < 31; ++bit)
+    for (const int64_t near : {-1, 0, 1}) cuda::check_divisor((int64_t{1} << bit) + near);
+  cuda::check_divisor((int64_t{1} << 31) - 1);
   constexpr int64_t kAll = 0xff;
   int64_t count = 0;
   // Lines longer than a block and than a tile, lattices narrower than a warp's rows, windows wider than the lattice.
