@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..primitives.lattice import CAUSAL, CYLINDER, NUM_STREAMS, oldest_key
 from ..primitives.softmax import LOG2E, bias_slope
-from ..primitives.tiles import dot_transposed, dot_twice, gate_rows, load_rows, store_rows
+from ..primitives.tiles import dot_transposed, dot_twice, gate_rows, hidden_zero, load_rows, store_rows
 from ..primitives.window import (
     across_along,
     bias_along,
@@ -194,6 +194,12 @@ def cross_by_queries(
             operands, batch, head, heads, group, seq_len, n_major, n_minor, scale, first_row, first_col, row, col,
             token, valid, d_out, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v, TOPOLOGY, STREAMS, FLOW, BY_ROWS,
             GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, TILE_U, TILE_V, BLOCK_N,
+        )
+        zero = hidden_zero(seq_len)
+        local_head += zero
+        batch, head = (first_head + local_head) // heads, (first_head + local_head) % heads
+        _, _, _, _, token, valid = tile_sites(
+            tl.program_id(0) + zero, n_minor, seq_len, num_rows, num_cols, TILE_U, TILE_V
         )
         sums = row_sums_of(operands, local_head, seq_len, token) + FLOW
         tl.store(sums, delta, mask=valid)

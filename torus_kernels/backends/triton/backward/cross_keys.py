@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..primitives.lattice import CAUSAL, NUM_STREAMS, oldest_key
 from ..primitives.softmax import LOG2E, bias_slope
-from ..primitives.tiles import dot_cast, dot_transposed, load_rows, store_rows
+from ..primitives.tiles import dot_cast, dot_transposed, hidden_zero, load_rows, store_rows
 from ..primitives.window import (
     across_along,
     bias_along,
@@ -113,6 +113,12 @@ def cross_by_keys(
             operands, batch, kv_head, heads, group, local_pair, seq_len, n_major, n_minor, scale, first_row, first_col,
             row, col, token, valid, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v, TOPOLOGY, STREAMS, FLOW, BY_ROWS,
             GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, TILE_U, TILE_V, BLOCK_M,
+        )
+        zero = hidden_zero(seq_len)
+        local_pair += zero
+        batch, kv_head = (first_pair + local_pair) // kv_heads, (first_pair + local_pair) % kv_heads
+        _, _, _, _, token, valid = tile_sites(
+            tl.program_id(0) + zero, n_minor, seq_len, num_rows, num_cols, TILE_U, TILE_V
         )
     if FINISH:
         d_k = add_partials(d_k, operands.d_k, num_pairs, local_pair, seq_len, token, valid, NUM_SLOTS, D, BLOCK_D)

@@ -11,8 +11,8 @@ import triton
 from torch import Tensor
 
 from ....lattice import NUM_STREAMS, TorusLattice
-from ..launching import MAX_GRID_Y, chunk_heads, cross_flows, l2_bytes, on_device, rows
-from ..primitives.lattice import LineFamily, line_families, line_programs
+from ..launching import MAX_GRID_Y, capability, chunk_heads, cross_flows, l2_bytes, on_device, rows
+from ..primitives.lattice import OPEN_PAST, LineFamily, line_families, line_programs
 from ..primitives.tiles import MIN_BLOCK, block_d, input_precision
 from .cross import cross_by_queries
 from .cross_keys import cross_by_keys
@@ -90,16 +90,33 @@ def line_launches(lattice: TorusLattice, seq_len: int, head_dim: int, dtype: tor
         warps = 4 if dtype == torch.float32 else block // 16
         launches.append(LineLaunch(short, Blocks(block, block, warps, by_keys.num_stages), None))
     if long:
+        if by_queries == Blocks(64, 32, 4, 2) and all(
+            family.form != OPEN_PAST.value and family.length % 128 == 0 for family in long
+        ):
+            by_queries = Blocks(128, 32, 8, 2)  # what a block of keys costs is shared by twice the queries
         launches.append(LineLaunch(long, by_keys, by_queries))
     return tuple(launches)
 
 
-def cross_launch(width: int, head_dim: int, dtype: torch.dtype) -> CrossLaunch:
-    """Tiles 16 sites long, and steps as long as a tile with its halo, or half, where the window is ``width`` long."""
+def cross_launches(
+    width: int, head_dim: int, dtype: torch.dtype, causal: bool, capability: tuple[int, int]
+) -> tuple[CrossLaunch, CrossLaunch]:
+    """Tiles of queries and tiles of keys: 16 sites long, and steps as long as a tile with its halo, or half, where the
+    window is ``width`` long."""
     wide, along = block_d(head_dim), 16
     across = 1 if wide > 128 else 2 if dtype == torch.float32 else 4
     limit = 32 if wide <= (128 if dtype != torch.float32 else 64) else 16
-    return CrossLaunch(across, along, _power(along + width - 1, limit), 4, 2 if wide <= 64 else 1)
+    light = wide <= 64 and dtype != torch.float32
+    queries = CrossLaunch(across, along, _power(along + width - 1, limit), 4, 2 if wide <= 64 else 1)
+    keys = queries
+    if light and causal:
+        queries = keys = queries._replace(num_stages=1)  # comparisons of time take the registers of a second stage
+    if dtype == torch.float32:
+        keys = queries._replace(num_warps=8)  # each with half the products to unroll
+        queries = keys if wide > 32 else queries
+    elif light and capability < (9, 0):
+        keys = keys._replace(across=2, num_stages=2)  # mma.sync would take more registers than there are
+    return queries, keys
 
 
 def _constants(blocks: Blocks) -> dict[str, int]:
@@ -157,8 +174,8 @@ def _plan(
 ) -> _Plan:
     launches = line_launches(lattice, seq_len, head_dim, dtype)
     flows = cross_flows(lattice, seq_len)
-    crosses = [cross_launch(flow.width, head_dim, dtype) for flow in flows]
-    tiles = [flow.tiles(cross.across, cross.along) for flow, cross in zip(flows, crosses, strict=True)]
+    crosses = [cross_launches(flow.width, head_dim, dtype, lattice.is_causal, capability(device)) for flow in flows]
+    tiles = [flow.tiles(queries.across, queries.along) for flow, (queries, _) in zip(flows, crosses, strict=True)]
     num_families = sum(len(launch.families) for launch in launches)
     line_part = sum(line_programs(launch.families, launch.row_block, 1) for launch in launches)
     programs = line_part + (sum(tiles) if flows[0].stream >= 0 else 0)
@@ -192,10 +209,12 @@ def _plan(
 
     cross_calls = []
     for kernel, owns_queries, block in ((cross_by_queries, True, "BLOCK_N"), (cross_by_keys, False, "BLOCK_M")):
-        for place, (flow, cross) in enumerate(zip(flows, crosses, strict=True)):
+        for place, (flow, tile) in enumerate(zip(flows, crosses, strict=True)):
+            cross = tile[0] if owns_queries else tile[1]
             tile_u, tile_v = flow.tile(cross.across, cross.along)
             numbers = (line_part + sum(tiles[:place]), programs) if owns_queries else ()
-            cross_calls.append((kernel, owns_queries, tiles[place], (*numbers, *flow.arguments), {
+            num_tiles = flow.tiles(cross.across, cross.along)
+            cross_calls.append((kernel, owns_queries, num_tiles, (*numbers, *flow.arguments), {
                 "FLOW": flow.stream, "BY_ROWS": flow.by_rows, "FINISH": place == len(flows) - 1,
                 "SLOT": num_families if apart else 0, "NUM_SLOTS": slots, "ACCUMULATE": not apart and num_families > 0,
                 "TILE_U": tile_u, "TILE_V": tile_v, "num_warps": cross.num_warps, "num_stages": cross.num_stages,

@@ -25,7 +25,7 @@ from ..primitives.lattice import (
     tokens_along,
 )
 from ..primitives.softmax import LOG2E, bias_slope
-from ..primitives.tiles import dot_transposed, dot_twice, load_rows
+from ..primitives.tiles import dot_transposed, dot_twice, hidden_zero, load_rows, no_sums, partial_sums, total_of
 from .line import line_base, line_of, visibility
 from .operands import (
     accumulate_rows,
@@ -40,10 +40,10 @@ from .operands import (
 
 
 @triton.jit
-def _normalised(gate, delta, total):
-    """A stream's gate and ``delta`` of the probabilities that sum to one."""
-    normaliser = inverse(total)
-    return gate * normaliser, delta * normaliser
+def _normalised(gate, deltas, totals):
+    """``(gate, delta, inverse total)``: a stream's gate and ``delta`` of the probabilities that sum to one."""
+    normaliser = inverse(tl.sum(totals, axis=1))
+    return gate * normaliser, tl.sum(deltas, axis=1) * normaliser, normaliser
 
 
 @triton.jit
@@ -89,12 +89,12 @@ def _queries_of_line(
         key_begin = 0
         key_end = length
     k_base, v_base = line_base(operands.k, batch, kv_head, start), line_base(operands.v, batch, kv_head, start)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    partner_total = tl.zeros([BLOCK_M], tl.float32)
-    delta = tl.zeros([BLOCK_M], tl.float32)
-    partner_delta = tl.zeros([BLOCK_M], tl.float32)
-    decay_sum = tl.zeros([BLOCK_M], tl.float32)  # sum of squared steps times dS
-    partner_decay_sum = tl.zeros([BLOCK_M], tl.float32)
+    totals = no_sums(BLOCK_M)
+    partner_totals = totals
+    deltas = totals
+    partner_deltas = totals
+    decay_sums = totals  # of squared steps times dS
+    partner_decay_sums = totals
     d_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     SWEEPS: tl.constexpr = 1 if ONE_TILE else 2
     for sweep in tl.static_range(SWEEPS):
@@ -115,38 +115,45 @@ def _queries_of_line(
                     products, scale * LOG2E, partner_decline, squared, partner_lse[:, None], partner_visible
                 )
             if sweep == 0:
-                total += tl.sum(probs, axis=1)
-                delta += tl.sum(probs * d_probs, axis=1)
+                totals += partial_sums(probs)
+                deltas += partial_sums(probs * d_probs)
                 if ARCS:
-                    partner_total += tl.sum(partner_probs, axis=1)
-                    partner_delta += tl.sum(partner_probs * d_probs, axis=1)
+                    partner_totals += partial_sums(partner_probs)
+                    partner_deltas += partial_sums(partner_probs * d_probs)
             if ONE_TILE:
-                gate, delta = _normalised(gate, delta, total)
+                gate, delta, normaliser = _normalised(gate, deltas, totals)
                 if ARCS:
-                    partner_gate, partner_delta = _normalised(partner_gate, partner_delta, partner_total)
+                    partner_gate, partner_delta, partner_normaliser = _normalised(
+                        partner_gate, partner_deltas, partner_totals
+                    )
             if sweep == SWEEPS - 1:
                 d_scores = probs * (gate[:, None] * d_probs - (gate * delta)[:, None])
-                decay_sum += tl.sum(squared * d_scores, axis=1)
+                decay_sums += partial_sums(squared * d_scores)
                 if ARCS:
                     partner_d_scores = partner_probs * (
                         partner_gate[:, None] * d_probs - (partner_gate * partner_delta)[:, None]
                     )
-                    partner_decay_sum += tl.sum(squared * partner_d_scores, axis=1)
+                    partner_decay_sums += partial_sums(squared * partner_d_scores)
                     d_scores += partner_d_scores
                 d_q = dot_twice(d_scores, k, PRECISION, d_q)
         if sweep == 0 and not ONE_TILE:
-            gate, delta = _normalised(gate, delta, total)
+            gate, delta, normaliser = _normalised(gate, deltas, totals)
             if ARCS:
-                partner_gate, partner_delta = _normalised(partner_gate, partner_delta, partner_total)
+                partner_gate, partner_delta, partner_normaliser = _normalised(
+                    partner_gate, partner_deltas, partner_totals
+                )
 
-    sums = row_sums_of(operands, local_head, seq_len, token) + stream
+    position = first_position + hidden_zero(seq_len) + tl.arange(0, BLOCK_M)
+    valid = position < length
+    place = tokens_along(line, position, stride, slope, num_lines, STRAIGHT)
+    sums = row_sums_of(operands, local_head, seq_len, start + place) + stream
     tl.store(sums, delta, mask=valid)
-    tl.store(sums + NUM_STREAMS, inverse(total), mask=valid)
+    tl.store(sums + NUM_STREAMS, normaliser, mask=valid)
     if ARCS:
         tl.store(sums + 1, partner_delta, mask=valid)
-        tl.store(sums + 1 + NUM_STREAMS, inverse(partner_total), mask=valid)
+        tl.store(sums + 1 + NUM_STREAMS, partner_normaliser, mask=valid)
     store_decay_sums(operands, first_head + local_head, first_program + tl.program_id(0), num_programs, stream,
-                     unit * tl.sum(decay_sum, axis=0), unit * tl.sum(partner_decay_sum, axis=0))
+                     unit * total_of(decay_sums), unit * total_of(partner_decay_sums))
     d_q_base = partial_of(operands.d_q, slot, num_heads, local_head, seq_len, D)
     accumulate_rows(d_q_base + start * D, place, valid, scale * d_q, ACCUMULATE, D, BLOCK_D)
 

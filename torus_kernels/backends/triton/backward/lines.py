@@ -26,7 +26,7 @@ from ..primitives.lattice import (
     tokens_along,
 )
 from ..primitives.softmax import LOG2E, bias_slope
-from ..primitives.tiles import dot_cast, dot_transposed, dot_twice, load_rows
+from ..primitives.tiles import dot_cast, dot_transposed, dot_twice, hidden_zero, load_rows
 from .line import line_base, line_of, visibility
 from .operands import (
     accumulate_rows,
@@ -187,8 +187,7 @@ def _keys_of_line(
             if WHOLE_LINE:
                 store_decay_sums(operands, batch * heads + head, program, num_programs, stream,
                                  unit * tl.sum(decay_sum, axis=0), unit * tl.sum(partner_decay_sum, axis=0))
-    # The places of the keys anew, by a zero that the compiler cannot see through: it would hold them in registers.
-    key_position = first_key_position + tl.minimum(seq_len - 1, 0) + tl.arange(0, BLOCK_N)
+    key_position = first_key_position + hidden_zero(seq_len) + tl.arange(0, BLOCK_N)
     key_place = tokens_along(line, key_position, stride, slope, num_lines, ARCS or TOPOLOGY == CAUSAL)
     d_k_base = partial_of(operands.d_k, slot, num_pairs, local_pair, seq_len, D)
     d_v_base = partial_of(operands.d_v, slot, num_pairs, local_pair, seq_len, D)

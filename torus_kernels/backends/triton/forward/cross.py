@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..primitives.lattice import CAUSAL, CYLINDER, NUM_STREAMS, oldest_key
 from ..primitives.softmax import accumulate, anchor, bias_slope, write_statistics
-from ..primitives.tiles import dot_cast, dot_transposed, gate_rows, load_rows, store_rows
+from ..primitives.tiles import dot_cast, dot_transposed, gate_rows, head_of, hidden_zero, load_rows, store_rows
 from ..primitives.window import (
     across_along,
     bias_along,
@@ -109,16 +109,14 @@ def cross_kernel(
     """
     BLOCK_M: tl.constexpr = TILE_U * TILE_V
     local_head = tl.program_id(1)
-    global_head = (first_head + local_head).to(tl.int64)
-    batch = global_head // heads
-    head = global_head % heads
+    batch, head, global_head = head_of(first_head + local_head, heads)
     first_row, first_col, row, col, token, valid = tile_sites(
         tl.program_id(0), n_minor, seq_len, num_rows, num_cols, TILE_U, TILE_V
     )
     at = global_head * seq_len + token
     y = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if FLOW >= 0:
-        kv_head = head // group
+        kv_head = (head.to(tl.int32) // group).to(tl.int64)
         q = load_rows(q_ptr + batch * stride_qb + head * stride_qh, token, valid, stride_qt, D, BLOCK_D)
         acc, maximum, total, spread_total = _attend(
             q, k_ptr + batch * stride_kb + kv_head * stride_kh, v_ptr + batch * stride_vb + kv_head * stride_vh,
@@ -126,6 +124,13 @@ def cross_kernel(
             valid, row, col, first_row, first_col, n_major, n_minor, seq_len, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u,
             unit_v, TOPOLOGY, BY_ROWS, HAS_FIRST_KEY, TILE_U, TILE_V, BLOCK_N, D, BLOCK_D, WITH_ENTROPY, PRECISION,
         )
+        zero = hidden_zero(seq_len)
+        local_head += zero
+        batch, head, global_head = head_of(first_head + local_head, heads)
+        _, _, _, _, token, valid = tile_sites(
+            tl.program_id(0) + zero, n_minor, seq_len, num_rows, num_cols, TILE_U, TILE_V
+        )
+        at = global_head * seq_len + token
         gate = tl.load(weights_ptr + gate_rows(at, head, TOKEN_WEIGHTS) * NUM_STREAMS + FLOW, mask=valid, other=0.0)
         y += acc * (gate / total)[:, None]
         write_statistics(maximum, total, spread_total, lse_ptr, entropy_ptr, at * NUM_STREAMS + FLOW, valid,

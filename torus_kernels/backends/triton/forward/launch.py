@@ -12,9 +12,9 @@ from torch import Tensor
 from ....lattice import TorusLattice
 from ..launching import capability, chunk_heads, cross_flows, on_device, rows
 from ..primitives.lattice import (
+    CLOSED,
     FAMILY_STREAMS,
     MAX_TOKENS,
-    OPEN_BOTH,
     OPEN_PAST,
     LineFamily,
     line_families,
@@ -33,6 +33,7 @@ class LineLaunch(NamedTuple):
     family_mask: int
     whole: bool
     fold: bool
+    keep_bias: bool  # of folded loops, from line to line
     even: bool  # every block of positions is full
     lines: int  # lines that a program handles
     block_m: int
@@ -57,78 +58,106 @@ class CrossLaunch(NamedTuple):
 
 
 _MAX_WHOLE = 128
-_BLOCKED_N = 64
 _MIN_FOLD = 32  # columns
 _SMALL_TILE = 32 * 32  # scores
 
+# By (16-bit, BLOCK_D), of lines that are visited in bands: queries, keys of a step, warps, stages. Chosen among those
+# that compile without spills, by instructions for each query.
+_BANDS = {
+    (True, 64): (64, 64, 4, 2),
+    (True, 128): (64, 64, 4, 1),
+    (True, 256): (32, 32, 4, 1),
+    (False, 64): (32, 32, 8, 2),
+    (False, 128): (32, 32, 8, 1),
+    (False, 256): (32, 16, 8, 1),
+}
+# Where mma.sync needs more registers than wgmma.
+_EARLY_BANDS = {(True, 128): (32, 64, 4, 1)}
 
-def _span(family: LineFamily, block_m: int) -> int:
-    """Keys that a block of queries of the longest line may see."""
-    if family.form == OPEN_PAST.value:
-        return min(family.length, block_m + family.max_step)
-    return family.length
+
+def _mask(families: tuple[LineFamily, ...]) -> int:
+    return sum(1 << family.family for family in families)
 
 
-def _block_m(families: tuple[LineFamily, ...], head_dim: int, dtype: torch.dtype) -> int:
-    longest = max(family.length for family in families)
-    light = block_d(head_dim) <= 64 and dtype != torch.float32 and families[0].form != OPEN_PAST.value
-    return max(MIN_BLOCK, min(64 if light else 32, triton.next_power_of_2(longest)))
+def _power(n: int) -> int:
+    return max(MIN_BLOCK, triton.next_power_of_2(n))
+
+
+def _light(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether tiles of 64 rows leave registers for anything else."""
+    return block_d(head_dim) <= 64 and dtype != torch.float32
 
 
 def _folds(family: LineFamily, block_m: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether `folded_steps` takes the family, and pays."""
-    half = family.loop // 2
-    if block_d(head_dim) > 64 and dtype != torch.float32:
-        return False  # it takes more registers than there are
-    if len(FAMILY_STREAMS[family.family]) == 1 or family.form == OPEN_BOTH.value or family.loop % 2 or half < _MIN_FOLD:
+    if family.form != CLOSED.value or len(FAMILY_STREAMS[family.family]) == 1 or family.loop % 2:
         return False
-    if family.form == OPEN_PAST.value:
-        return block_m <= half and family.length > half
-    return block_m <= half
+    if not _light(head_dim, dtype) and dtype != torch.float32:
+        return False  # it takes more registers than there are
+    return family.loop // 2 >= max(_MIN_FOLD, block_m)
+
+
+def _whole_launch(
+    members: list[tuple[LineFamily, bool]], block_m: int, light: bool, dtype: torch.dtype, capability: tuple[int, int]
+) -> LineLaunch:
+    """Families whose lines fit one block of keys, loops folded or not."""
+    families = tuple(family for family, _ in members)
+    halves = [family.loop // 2 for family, fold in members if fold]
+    block_n = _power(max((family.length for family, fold in members if not fold), default=1))
+    block_c = _power(max(halves, default=1))
+    num_warps = 4 if dtype != torch.float32 else 8
+    if capability < (9, 0) and not halves and max(block_m, block_n) > 64:
+        block_m, num_warps = 32, 2  # mma.sync would take more registers than there are
+    if light and not halves and block_m * block_n <= _SMALL_TILE:
+        num_warps = 2  # what a line costs beside its scores is paid by every warp
+    even = all(
+        family.form != OPEN_PAST.value and family.length % block_m == 0
+        and (family.loop // 2 == block_c if fold else family.length == block_n)
+        for family, fold in members
+    )
+    long_loops = families[0].family < 2 and families[0].length > 64
+    return LineLaunch(families, _mask(families), True, bool(halves), capability >= (9, 0) or block_c < 64, even, 4,
+                      block_m, block_n, block_c, num_warps, 1 if long_loops else 2)
+
+
+def _band_launch(
+    families: tuple[LineFamily, ...], head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> LineLaunch:
+    """Families whose streams are visited one by one, over many blocks of keys."""
+    tiles = _BANDS if capability >= (9, 0) else _BANDS | _EARLY_BANDS
+    block_m, block_n, num_warps, num_stages = tiles[dtype != torch.float32, max(64, block_d(head_dim))]
+    if families[0].form == OPEN_PAST.value and dtype != torch.float32:
+        num_stages = 1  # of two or three steps nothing is gained by more, and they take registers
+    even = block_m % block_n == 0 and all(
+        family.form == CLOSED.value and family.length % block_m == family.loop // 2 % block_n == 0
+        for family in families
+    )
+    return LineLaunch(families, _mask(families), False, False, False, even, 1, block_m, block_n, MIN_BLOCK, num_warps,
+                      num_stages)
 
 
 def line_launches(
     lattice: TorusLattice, seq_len: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> tuple[LineLaunch, ...]:
-    """Families whose visible keys fit one block, then those that take two passes over blocks."""
+    """Families whose lines fit one block of keys, then those that are visited in bands."""
     families = line_families(lattice, seq_len)
     if not families:
         return ()
-    default_m = _block_m(families, head_dim, dtype)
-    light = block_d(head_dim) <= 64 and dtype != torch.float32
-    max_whole = _MAX_WHOLE if light else _MAX_WHOLE // 2
-    groups = {}
+    light = _light(head_dim, dtype)
+    block_m = min(64 if light else 32, _power(max(family.length for family in families)))
+    whole, bands = {}, {}
     for family in families:
-        fold = _folds(family, default_m, head_dim, dtype)
-        whole = family.loop <= max_whole if fold else _span(family, default_m) <= max_whole
         loops = len(FAMILY_STREAMS[family.family]) == 2
+        if family.length > (_MAX_WHOLE if light and family.form != OPEN_PAST.value else _MAX_WHOLE // 2):
+            bands.setdefault(loops, []).append(family)
+            continue
+        fold = _folds(family, block_m, head_dim, dtype)
         # Loops and spirals with long lines are launched apart: together they would take more registers.
-        heavy = _span(family, default_m) > 64
-        groups.setdefault((whole, heavy and loops, loops and not fold), []).append((family, fold))
-    launches = []
-    for (whole, heavy_loops, _), members in groups.items():
-        unfolded = [family for family, fold in members if not fold]
-        folded = [family for family, fold in members if fold]
-        block_m, num_warps = default_m, 4 if dtype != torch.float32 else 8
-        if capability < (9, 0) and whole and not folded and max(block_m, *(_span(f, block_m) for f in unfolded)) > 64:
-            block_m, num_warps = 32, 2  # mma.sync would take more registers than there are
-        block_n = block_c = _BLOCKED_N if light else _BLOCKED_N // 2
-        if whole:
-            spans = (max(MIN_BLOCK, triton.next_power_of_2(_span(family, block_m))) for family in unfolded)
-            block_n = max(spans, default=MIN_BLOCK)
-            block_c = max((triton.next_power_of_2(f.loop // 2) for f in folded), default=MIN_BLOCK)
-            if light and not folded and block_m * block_n <= _SMALL_TILE:
-                num_warps = 2  # what a line costs beside its scores is paid by every warp
-        even = whole and not lattice.is_causal and all(
-            family.length % block_m == 0 and (family.loop // 2 == block_c if fold else family.length == block_n)
-            for family, fold in members
-        )
-        launches.append(LineLaunch(
-            tuple(family for family, _ in members), sum(1 << family.family for family, _ in members), whole,
-            bool(folded), even, 4 if whole else 1, block_m, block_n, block_c, num_warps,
-            1 if heavy_loops and (whole or not light) else 2,
-        ))
-    return tuple(launches)
+        whole.setdefault((loops and family.length > 64, loops and not fold), []).append((family, fold))
+    return (
+        *(_whole_launch(members, block_m, light, dtype, capability) for members in whole.values()),
+        *(_band_launch(tuple(members), head_dim, dtype, capability) for members in bands.values()),
+    )
 
 
 def cross_launch(width: int, head_dim: int, dtype: torch.dtype) -> CrossLaunch:
@@ -177,8 +206,9 @@ def _plan(
     }
     lines = tuple((launch.programs, {
         "FAMILIES": families, "GRID_FAMILIES": launch.family_mask, "WHOLE": launch.whole, "EVEN": launch.even,
-        "FOLD": launch.fold, "LINES": launch.lines, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
-        "BLOCK_C": launch.block_c, "num_warps": launch.num_warps, "num_stages": launch.num_stages, **shared,
+        "FOLD": launch.fold, "KEEP_BIAS": launch.keep_bias, "LINES": launch.lines, "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n, "BLOCK_C": launch.block_c, "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages, **shared,
     }) for launch in launches)
     crosses = []
     for place, flow in enumerate(flows):

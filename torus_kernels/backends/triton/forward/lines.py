@@ -24,9 +24,10 @@ from ..primitives.lattice import (
     strand,
     tokens_along,
 )
-from ..primitives.softmax import accumulate, anchor, bias_slope, mixing, row_maximum, spread, write_statistics
-from ..primitives.tiles import dot_cast, dot_transposed, gate_rows, load_rows, store_rows
-from .arcs import arc_biases, blocked_arcs, whole_arcs
+from ..primitives.softmax import bias_slope, mixing, row_maximum, spread, write_statistics
+from ..primitives.tiles import dot_cast, dot_transposed, gate_rows, head_of, hidden_zero, load_rows, store_rows
+from .arcs import backward_bias, forward_bias, whole_arcs
+from .bands import attend_bands
 
 
 @triton.jit
@@ -56,20 +57,90 @@ def _mixed(p, factor, partner_p, partner_factor, ARCS: tl.constexpr):
 
 
 @triton.jit
+def _rows(
+    q_base, weights_ptr, line, start, position, queries, partner_queries, stride, slope, num_lines, length, seq_len,
+    stride_qt, head, global_head, stream,
+    STRAIGHT: tl.constexpr, TOPOLOGY: tl.constexpr, EVEN: tl.constexpr, ARCS: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr,
+):
+    """Queries at positions of a line: ``(token, valid, q, gate, partner's gate)``, tokens counted from ``start``."""
+    token = tokens_along(line, position, stride, slope, num_lines, STRAIGHT)
+    valid = on_line(position, token, length, seq_len - start, TOPOLOGY, EVEN)
+    q = load_rows(q_base + start * stride_qt, token, valid, stride_qt, D, BLOCK_D)
+    gate_at = gate_rows(global_head * seq_len + start + token, head, TOKEN_WEIGHTS) * 8 + stream
+    gate = tl.load(weights_ptr + gate_at, mask=valid & (position < queries), other=0.0)
+    partner_gate = gate
+    if ARCS:
+        partner_gate = tl.load(weights_ptr + gate_at + 1, mask=valid & (position < partner_queries), other=0.0)
+    return token, valid, q, gate, partner_gate
+
+
+@triton.jit
+def _write_rows(
+    partial_base, lse_ptr, entropy_ptr, start, position, token, valid, queries, partner_queries, seq_len, global_head,
+    stream, y, maximum, total, spread_total, partner_maximum, partner_total, partner_spread,
+    ARCS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+):
+    """Leaves the partial sum of a block of queries, and the statistics of their streams."""
+    store_rows(partial_base + start * D, token, valid, D, y, D, BLOCK_D)
+    at = (global_head * seq_len + start + token) * 8 + stream
+    write_statistics(
+        maximum, total, spread_total, lse_ptr, entropy_ptr, at, valid & (position < queries), WITH_LSE, WITH_ENTROPY
+    )
+    if ARCS:
+        write_statistics(
+            partner_maximum, partner_total, partner_spread, lse_ptr, entropy_ptr, at + 1,
+            valid & (position < partner_queries), WITH_LSE, WITH_ENTROPY,
+        )
+
+
+@triton.jit
+def _whole_line(
+    q, k_base, v_base, stride_kt, stride_vt, line, key_position, bias, partner_bias, gate, partner_gate, stride, slope,
+    num_lines, length, remaining, scale,
+    STRAIGHT: tl.constexpr, TOPOLOGY: tl.constexpr, ARCS: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Streams of a line that fits one block of keys, by one product with K and one with V; returns as `whole_arcs`."""
+    key_token = tokens_along(line, key_position, stride, slope, num_lines, STRAIGHT)
+    key_valid = on_line(key_position, key_token, length, remaining, TOPOLOGY, EVEN)
+    k = load_rows(k_base, key_token, key_valid, stride_kt, D, BLOCK_D)
+    v = load_rows(v_base, key_token, key_valid, stride_vt, D, BLOCK_D)
+    scores = dot_transposed(q, k, PRECISION) * scale
+    exponents = scores + bias
+    maximum = row_maximum(exponents)
+    exponents -= maximum[:, None]
+    p = tl.exp2(exponents)
+    total = tl.sum(p, axis=1)
+    spread_total = spread(p, exponents) if WITH_ENTROPY else total
+    partner_p, partner_maximum, partner_total, partner_spread = p, maximum, total, spread_total
+    if ARCS:
+        exponents = scores + partner_bias
+        partner_maximum = row_maximum(exponents)
+        exponents -= partner_maximum[:, None]
+        partner_p = tl.exp2(exponents)
+        partner_total = tl.sum(partner_p, axis=1)
+        partner_spread = spread(partner_p, exponents) if WITH_ENTROPY else partner_total
+    factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, ARCS)
+    y = dot_cast(_mixed(p, factor, partner_p, partner_factor, ARCS), v, PRECISION)
+    return y * norm[:, None], maximum, total, spread_total, partner_maximum, partner_total, partner_spread
+
+
+@triton.jit
 def _run_of_lines(
     q_base, k_base, v_base, weights_ptr, decay_ptr, first_key_ptr, partial_base, lse_ptr, entropy_ptr,
     stride_qt, stride_kt, stride_vt, n_major, n_minor, winding, seq_len, scale, batch, head, global_head,
     family, first_line, block,
     TOPOLOGY: tl.constexpr, FORM: tl.constexpr, ARCS: tl.constexpr, STREAMS: tl.constexpr, WHOLE: tl.constexpr,
-    EVEN: tl.constexpr, FOLD: tl.constexpr, BLOCK_C: tl.constexpr, LINES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr, FOLD: tl.constexpr, KEEP_BIAS: tl.constexpr, BLOCK_C: tl.constexpr,
+    LINES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TOKEN_WEIGHTS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The partial sum ``sum_s g_s O_s`` of one family for a block of positions on a run of lines.
 
-    Where a block's visible keys fit one block of keys (``WHOLE``) there is one pass. Otherwise a first pass over
-    blocks of keys finds the normalisers and a second one multiplies by V, so that the arcs still share that product.
+    Where a line fits one block of keys (``WHOLE``) the streams share its products with K and V. Otherwise the run is of
+    one line, and each stream visits the keys that it sees in a pass of its own.
     """
     loop, stride, slope, num_lines, length, max_step = line_family(
         family, n_major, n_minor, winding, seq_len, TOPOLOGY
@@ -87,137 +158,80 @@ def _run_of_lines(
         partner_queries = tl.where(((STREAMS >> (stream + 1)) & 1) != 0, length, 0)
 
     query_position = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_key_position = 0
-    end_key_position = length
-    if FORM == OPEN_PAST:
-        first_key_position = tl.maximum(block * BLOCK_M - max_step, 0)
-        end_key_position = tl.minimum((block + 1) * BLOCK_M, length)
-    key_position = first_key_position + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_C)
-    offset = tl.arange(0, BLOCK_M).to(tl.float32)
     reach = tl.minimum(query_position, max_step)
-    if ARCS and FOLD:
-        if WHOLE and not HAS_FIRST_KEY:
-            bias, partner_bias = arc_biases(offset, column, loop, reach, decline, partner_decline, FORM)
-    elif WHOLE and not HAS_FIRST_KEY:
-        # The same for every line of the run.
-        bias, partner_bias = _biases(
-            query_position, key_position, length, loop, max_step, decline, partner_decline, FORM, ARCS
-        )
-
-    for line in range(first_line, tl.minimum(first_line + LINES, num_lines)):
-        # Tokens count from the first of the line, pointers and lengths too.
+    if not WHOLE:
+        line = first_line
         start = line_start(family, line, n_minor, STRAIGHT, TOPOLOGY)
-        remaining = seq_len - start
-        k_line, v_line = k_base + start * stride_kt, v_base + start * stride_vt
-        query_token = tokens_along(line, query_position, stride, slope, num_lines, STRAIGHT)
-        query_valid = on_line(query_position, query_token, length, remaining, TOPOLOGY, EVEN)
-        q = load_rows(q_base + start * stride_qt, query_token, query_valid, stride_qt, D, BLOCK_D)
+        query_token, query_valid, q, gate, partner_gate = _rows(
+            q_base, weights_ptr, line, start, query_position, queries, partner_queries, stride, slope, num_lines,
+            length, seq_len, stride_qt, head, global_head, stream, STRAIGHT, TOPOLOGY, EVEN, ARCS, D, BLOCK_D,
+            TOKEN_WEIGHTS,
+        )
         if HAS_FIRST_KEY:
             oldest = oldest_key(first_key_ptr, batch, start + query_token, query_valid, seq_len)
             reach = reach_of(oldest, line, stride, query_position, max_step)
-        row = global_head * seq_len + start + query_token
-        gate_at = gate_rows(row, head, TOKEN_WEIGHTS) * 8 + stream
-        present = query_valid & (query_position < queries)
-        partner_present = query_valid & (query_position < partner_queries)
-        gate = tl.load(weights_ptr + gate_at, mask=present, other=0.0)
-        partner_gate = gate
-        if ARCS:
-            partner_gate = tl.load(weights_ptr + gate_at + 1, mask=partner_present, other=0.0)
-
+        (y, maximum, total, spread_total, partner_maximum, partner_total, partner_spread) = attend_bands(
+            q, k_base + start * stride_kt, v_base + start * stride_vt, stride_kt, stride_vt, line, block * BLOCK_M,
+            query_token, query_valid, reach, decline, partner_decline, queries, partner_queries, gate, partner_gate,
+            max_step, stride, slope, num_lines, length, seq_len - start, loop, scale, STRAIGHT, TOPOLOGY, FORM, ARCS,
+            EVEN, HAS_FIRST_KEY, BLOCK_M, BLOCK_N, D, BLOCK_D, WITH_ENTROPY, PRECISION,
+        )
+        query_position += hidden_zero(seq_len)
+        query_token = tokens_along(line, query_position, stride, slope, num_lines, STRAIGHT)
+        query_valid = on_line(query_position, query_token, length, seq_len - start, TOPOLOGY, EVEN)
+        _write_rows(
+            partial_base, lse_ptr, entropy_ptr, start, query_position, query_token, query_valid, queries,
+            partner_queries, seq_len, global_head, stream, y, maximum, total, spread_total, partner_maximum,
+            partner_total, partner_spread, ARCS, D, BLOCK_D, WITH_LSE, WITH_ENTROPY,
+        )
+    else:
+        key_position = tl.arange(0, BLOCK_N)
+        column = tl.arange(0, BLOCK_C)
+        offset = tl.arange(0, BLOCK_M).to(tl.float32)
+        # The same for every line of the run, but for packed documents.
         if ARCS and FOLD:
-            # Zeros that the compiler cannot see through: it would hold every comparison of offsets in registers.
-            line_offset = offset + line * 0.0
-            line_offset_again = offset + line * -0.0
-            if WHOLE:
-                if HAS_FIRST_KEY:
-                    bias, partner_bias = arc_biases(offset, column, loop, reach, decline, partner_decline, FORM)
-                (y, norm, maximum, total, spread_total, partner_maximum, partner_total, partner_spread) = whole_arcs(
+            bias = forward_bias(offset, column, loop, decline)
+            partner_bias = backward_bias(offset, column, loop, partner_decline)
+        else:
+            bias, partner_bias = _biases(
+                query_position, key_position, length, loop, reach[:, None], decline, partner_decline, FORM, ARCS
+            )
+        for line in range(first_line, tl.minimum(first_line + LINES, num_lines)):
+            # Tokens count from the first of the line, pointers and lengths too.
+            start = line_start(family, line, n_minor, STRAIGHT, TOPOLOGY)
+            k_line, v_line = k_base + start * stride_kt, v_base + start * stride_vt
+            query_token, query_valid, q, gate, partner_gate = _rows(
+                q_base, weights_ptr, line, start, query_position, queries, partner_queries, stride, slope, num_lines,
+                length, seq_len, stride_qt, head, global_head, stream, STRAIGHT, TOPOLOGY, EVEN, ARCS, D, BLOCK_D,
+                TOKEN_WEIGHTS,
+            )
+            if ARCS and FOLD:
+                # Zeros that the compiler cannot see through: it would hold every comparison of offsets in registers.
+                line_offset, line_offset_again = offset + line * 0.0, offset + line * -0.0
+                if not KEEP_BIAS:
+                    bias = forward_bias(line_offset, column, loop, decline)
+                    partner_bias = backward_bias(line_offset, column, loop, partner_decline)
+                (y, maximum, total, spread_total, partner_maximum, partner_total, partner_spread) = whole_arcs(
                     q, k_line, v_line, stride_kt, stride_vt, line_offset, line_offset_again, bias, partner_bias,
-                    decline, reach, gate, partner_gate, block * BLOCK_M, column, stride, length, remaining, loop, scale,
-                    TOPOLOGY, FORM, EVEN, D, BLOCK_D, WITH_ENTROPY, PRECISION,
+                    decline, gate, partner_gate, block * BLOCK_M, column, stride, length, seq_len - start, loop, scale,
+                    TOPOLOGY, EVEN, D, BLOCK_D, WITH_ENTROPY, PRECISION,
                 )
             else:
-                (y, norm, maximum, total, spread_total, partner_maximum, partner_total, partner_spread) = blocked_arcs(
-                    q, k_line, v_line, stride_kt, stride_vt, offset, decline, partner_decline, reach, gate,
-                    partner_gate, block * BLOCK_M, stride, length, remaining, loop, scale, TOPOLOGY, FORM, BLOCK_C,
-                    D, BLOCK_D, WITH_ENTROPY, PRECISION,
-                )
-        elif WHOLE:
-            key_token = tokens_along(line, key_position, stride, slope, num_lines, STRAIGHT)
-            key_valid = on_line(key_position, key_token, length, remaining, TOPOLOGY, EVEN)
-            k = load_rows(k_line, key_token, key_valid, stride_kt, D, BLOCK_D)
-            v = load_rows(v_line, key_token, key_valid, stride_vt, D, BLOCK_D)
-            if HAS_FIRST_KEY:
-                bias, partner_bias = _biases(
-                    query_position, key_position, length, loop, reach[:, None], decline, partner_decline, FORM, ARCS
-                )
-            scores = dot_transposed(q, k, PRECISION) * scale
-            exponents = scores + bias
-            maximum = row_maximum(exponents)
-            exponents -= maximum[:, None]
-            p = tl.exp2(exponents)
-            total = tl.sum(p, axis=1)
-            spread_total = spread(p, exponents) if WITH_ENTROPY else total
-            partner_p, partner_maximum, partner_total, partner_spread = p, maximum, total, spread_total
-            if ARCS:
-                exponents = scores + partner_bias
-                partner_maximum = row_maximum(exponents)
-                exponents -= partner_maximum[:, None]
-                partner_p = tl.exp2(exponents)
-                partner_total = tl.sum(partner_p, axis=1)
-                partner_spread = spread(partner_p, exponents) if WITH_ENTROPY else partner_total
-            factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, ARCS)
-            y = dot_cast(_mixed(p, factor, partner_p, partner_factor, ARCS), v, PRECISION)
-        else:
-            maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
-            spread_total = total
-            partner_maximum, partner_total, partner_spread = maximum, total, spread_total
-            for first in range(first_key_position, end_key_position, BLOCK_N):
-                position = first + tl.arange(0, BLOCK_N)
-                key_token = tokens_along(line, position, stride, slope, num_lines, STRAIGHT)
-                key_valid = on_line(position, key_token, length, remaining, TOPOLOGY, False)
-                k = load_rows(k_line, key_token, key_valid, stride_kt, D, BLOCK_D)
-                bias, partner_bias = _biases(
-                    query_position, position, length, loop, reach[:, None], decline, partner_decline, FORM, ARCS
-                )
-                scores = dot_transposed(q, k, PRECISION) * scale
-                _, _, maximum, total, spread_total = accumulate(
-                    scores + bias, 0.0, maximum, total, spread_total, WITH_ENTROPY
-                )
-                if ARCS:
-                    _, _, partner_maximum, partner_total, partner_spread = accumulate(
-                        scores + partner_bias, 0.0, partner_maximum, partner_total, partner_spread, WITH_ENTROPY
+                if HAS_FIRST_KEY:
+                    oldest = oldest_key(first_key_ptr, batch, start + query_token, query_valid, seq_len)
+                    reach = reach_of(oldest, line, stride, query_position, max_step)
+                    bias, partner_bias = _biases(
+                        query_position, key_position, length, loop, reach[:, None], decline, partner_decline, FORM, ARCS
                     )
-            maximum, partner_maximum = anchor(maximum), anchor(partner_maximum)
-            factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, ARCS)
-            y = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            for first in range(first_key_position, end_key_position, BLOCK_N):
-                position = first + tl.arange(0, BLOCK_N)
-                key_token = tokens_along(line, position, stride, slope, num_lines, STRAIGHT)
-                key_valid = on_line(position, key_token, length, remaining, TOPOLOGY, False)
-                k = load_rows(k_line, key_token, key_valid, stride_kt, D, BLOCK_D)
-                v = load_rows(v_line, key_token, key_valid, stride_vt, D, BLOCK_D)
-                bias, partner_bias = _biases(
-                    query_position, position, length, loop, reach[:, None], decline, partner_decline, FORM, ARCS
+                (y, maximum, total, spread_total, partner_maximum, partner_total, partner_spread) = _whole_line(
+                    q, k_line, v_line, stride_kt, stride_vt, line, key_position, bias, partner_bias, gate, partner_gate,
+                    stride, slope, num_lines, length, seq_len - start, scale, STRAIGHT, TOPOLOGY, ARCS, EVEN, D,
+                    BLOCK_D, WITH_ENTROPY, PRECISION,
                 )
-                scores = dot_transposed(q, k, PRECISION) * scale
-                p = tl.exp2(scores + bias - maximum[:, None])
-                partner_p = p
-                if ARCS:
-                    partner_p = tl.exp2(scores + partner_bias - partner_maximum[:, None])
-                y = dot_cast(_mixed(p, factor, partner_p, partner_factor, ARCS), v, PRECISION, y)
-
-        store_rows(partial_base + start * D, query_token, query_valid, D, y * norm[:, None], D, BLOCK_D)
-        statistic = row * 8 + stream
-        write_statistics(
-            maximum, total, spread_total, lse_ptr, entropy_ptr, statistic, present, WITH_LSE, WITH_ENTROPY,
-        )
-        if ARCS:
-            write_statistics(
-                partner_maximum, partner_total, partner_spread, lse_ptr, entropy_ptr, statistic + 1,
-                partner_present, WITH_LSE, WITH_ENTROPY,
+            _write_rows(
+                partial_base, lse_ptr, entropy_ptr, start, query_position, query_token, query_valid, queries,
+                partner_queries, seq_len, global_head, stream, y, maximum, total, spread_total, partner_maximum,
+                partner_total, partner_spread, ARCS, D, BLOCK_D, WITH_LSE, WITH_ENTROPY,
             )
 
 
@@ -227,8 +241,8 @@ def lines_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     n_major, n_minor, winding, seq_len, first_head, heads, group, scale,
     TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FAMILIES: tl.constexpr, GRID_FAMILIES: tl.constexpr,
-    WHOLE: tl.constexpr, EVEN: tl.constexpr, FOLD: tl.constexpr, BLOCK_C: tl.constexpr, LINES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr, FOLD: tl.constexpr, KEEP_BIAS: tl.constexpr, BLOCK_C: tl.constexpr,
+    LINES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr,
     WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -239,10 +253,8 @@ def lines_kernel(
     scores times log2(e), ``group`` the query heads of a key/value head.
     """
     local_head = tl.program_id(1)
-    global_head = (first_head + local_head).to(tl.int64)
-    batch = global_head // heads
-    head = global_head % heads
-    kv_head = head // group
+    batch, head, global_head = head_of(first_head + local_head, heads)
+    kv_head = (head.to(tl.int32) // group).to(tl.int64)
     family, first_line, block = line_program(
         tl.program_id(0), n_major, n_minor, winding, seq_len, TOPOLOGY, GRID_FAMILIES, BLOCK_M, LINES
     )
@@ -261,22 +273,22 @@ def lines_kernel(
             _run_of_lines(
                 q_base, k_base, v_base, weights_ptr, decay_ptr, first_key_ptr, partial_base, lse_ptr, entropy_ptr,
                 stride_qt, stride_kt, stride_vt, n_major, n_minor, winding, seq_len, scale, batch, head, global_head,
-                family, first_line, block, TOPOLOGY, FORM, False, STREAMS, WHOLE, EVEN, FOLD, BLOCK_C, LINES, BLOCK_M,
-                BLOCK_N, D, BLOCK_D, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY, PRECISION,
+                family, first_line, block, TOPOLOGY, FORM, False, STREAMS, WHOLE, EVEN, FOLD, KEEP_BIAS, BLOCK_C,
+                LINES, BLOCK_M, BLOCK_N, D, BLOCK_D, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY, PRECISION,
             )
     elif (TOPOLOGY == CYLINDER) and (family == MINOR):
         if GRID_FAMILIES & 2:
             _run_of_lines(
                 q_base, k_base, v_base, weights_ptr, decay_ptr, first_key_ptr, partial_base, lse_ptr, entropy_ptr,
                 stride_qt, stride_kt, stride_vt, n_major, n_minor, winding, seq_len, scale, batch, head, global_head,
-                family, first_line, block, TOPOLOGY, CLOSED, True, STREAMS, WHOLE, EVEN, FOLD, BLOCK_C, LINES, BLOCK_M,
-                BLOCK_N, D, BLOCK_D, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY, PRECISION,
+                family, first_line, block, TOPOLOGY, CLOSED, True, STREAMS, WHOLE, EVEN, FOLD, KEEP_BIAS, BLOCK_C,
+                LINES, BLOCK_M, BLOCK_N, D, BLOCK_D, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY, PRECISION,
             )
     else:
         if GRID_FAMILIES & 3:
             _run_of_lines(
                 q_base, k_base, v_base, weights_ptr, decay_ptr, first_key_ptr, partial_base, lse_ptr, entropy_ptr,
                 stride_qt, stride_kt, stride_vt, n_major, n_minor, winding, seq_len, scale, batch, head, global_head,
-                family, first_line, block, TOPOLOGY, FORM, True, STREAMS, WHOLE, EVEN, FOLD, BLOCK_C, LINES, BLOCK_M,
-                BLOCK_N, D, BLOCK_D, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY, PRECISION,
+                family, first_line, block, TOPOLOGY, FORM, True, STREAMS, WHOLE, EVEN, FOLD, KEEP_BIAS, BLOCK_C,
+                LINES, BLOCK_M, BLOCK_N, D, BLOCK_D, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY, PRECISION,
             )

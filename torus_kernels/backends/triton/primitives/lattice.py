@@ -144,8 +144,9 @@ def line_family(family, n_major, n_minor, winding, seq_len, TOPOLOGY: tl.constex
         slope = slope * 0
         num_lines = tl.minimum(stride, seq_len)
         length = tl.cdiv(seq_len, stride)
-        window = (n_major.to(tl.int64) * n_minor - 1) // stride
-        max_step = tl.minimum(tl.minimum(loop - 1, window), length - 1)
+        # Of at most MAX_TOKENS: 64 bits would be divided by a subroutine.
+        window = tl.minimum(n_major.to(tl.int64) * n_minor, seq_len).to(tl.int32)
+        max_step = tl.minimum(loop - 1, (window - 1) // stride)
     else:
         num_lines = tl.where(is_minor, n_major, n_minor)
         length = loop
@@ -265,13 +266,14 @@ def strand(steps, loop, max_step, FORM: tl.constexpr):
 
 @triton.jit
 def folded_steps(offset, column, half):
-    """The two arcs of a loop of even length L = 2H, folded: steps ``[M, N]`` from queries ``[M]`` to columns ``[N]``.
+    """The two arcs of a closed loop of even length L = 2H, folded: steps ``[M, N]`` from queries ``[M]`` to columns
+    ``[N]``.
 
     Step k of the forward arc and step k + H of the backward arc are congruent modulo H. So of the keys at positions
     ``block + column - n * H`` the query at ``block + offset`` sees exactly one on either arc: the forward arc's is
     ``step`` steps behind, 0 <= step < H, and the backward arc's H more. The forward key has n = 0 where
-    ``offset >= column`` and n = 1 elsewhere, the backward key one more, and n = 2 is n = 0 around a closed line. An
-    arc's other end, step H of the forward and 0 of the backward arc, is the other arc's key and the caller's to add.
+    ``offset >= column`` and n = 1 elsewhere, the backward key one more, and n = 2 is n = 0 around the line. An arc's
+    other end, step H of the forward and 0 of the backward arc, is the other arc's key and the caller's to add.
 
     Offsets lie in [0, H); a column beyond H has no meaning.
     """

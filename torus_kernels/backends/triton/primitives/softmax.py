@@ -62,19 +62,6 @@ def accumulate(scores, offset, maximum, total, spread_total, WITH_SPREAD: tl.con
 
 
 @triton.jit
-def accumulate_one(score, maximum, total, spread_total, WITH_SPREAD: tl.constexpr):
-    """One more key of every row, `accumulate` with scores ``[BLOCK_M]``."""
-    new_maximum = tl.maximum(maximum, score)
-    anchored = anchor(new_maximum)
-    exponential = tl.exp2(score - anchored)
-    kept = tl.exp2(maximum - anchored)
-    if WITH_SPREAD:
-        added = tl.where(exponential > 0, exponential * (score - anchored), 0.0)
-        spread_total = kept * (spread_total + total * (anchor(maximum) - anchored)) + added
-    return new_maximum, kept * total + exponential, spread_total
-
-
-@triton.jit
 def mixing(gate, total, partner_gate, partner_total, PAIR: tl.constexpr):
     """Factors of two streams' exponentials and the factor that is left for their common product with V.
 

@@ -25,6 +25,25 @@ def input_precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
+def head_of(index, heads):
+    """``(batch, head, index)``, int64, of a head counted through all batch elements, int32.
+
+    Divided in 32 bits: a division in 64 calls a subroutine, around which registers are spilled.
+    """
+    return (index // heads).to(tl.int64), (index % heads).to(tl.int64), index.to(tl.int64)
+
+
+@triton.jit
+def hidden_zero(seq_len):
+    """Zero, in a form that the compiler does not see through.
+
+    Added to an index it makes what follows from the index something else for the compiler: computed anew behind a loop,
+    it need not be held in registers through it, or be spilled.
+    """
+    return tl.minimum(seq_len - 1, 0)
+
+
+@triton.jit
 def row_pointers(base, token, stride_token, BLOCK_D: tl.constexpr):
     """Pointers ``[BLOCK, BLOCK_D]`` of rows at tokens; ``base`` points at channel 0 of token 0 of a head."""
     return base + (token.to(tl.int64) * stride_token)[:, None] + tl.arange(0, BLOCK_D)[None, :]
@@ -83,3 +102,25 @@ def dot_twice(differences, b, PRECISION: tl.constexpr, acc=None):
     if b.dtype != tl.float32:
         acc = tl.dot((differences - rounded.to(tl.float32)).to(b.dtype), b, acc=acc)
     return acc
+
+
+@triton.jit
+def no_sums(BLOCK_M: tl.constexpr):
+    """`partial_sums` ``[BLOCK_M, 8]`` of nothing."""
+    return tl.zeros([BLOCK_M, 8], tl.float32)
+
+
+@triton.jit
+def partial_sums(tile):
+    """Sums ``[M, 8]`` of the columns of a tile ``[M, N]`` that are 8 apart.
+
+    A tensor core leaves such columns of a row in one thread, so that a loop over tiles adds them up without exchanging
+    anything between threads, and in few registers; the 8 are added after the loop.
+    """
+    return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1] // 8, 8]), axis=1)
+
+
+@triton.jit
+def total_of(sums):
+    """The sum of all of `partial_sums`."""
+    return tl.sum(tl.sum(sums, axis=1), axis=0)
