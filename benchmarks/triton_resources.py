@@ -1,0 +1,125 @@
+"""What the Triton kernels of the workloads take, kept as numbers that may only fall:
+``python -m benchmarks.triton_resources``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import sass
+from .workloads import WORKLOADS
+
+CAPABILITIES = (80, 90)
+
+RECORDED = ("seed-512", "field-4k", "field-16k", "field-64k", "text-4k", "text-32k")
+"""The workloads of the targets."""
+
+RECORD = Path(__file__).resolve().parents[1] / "tests/data/triton_resources.json"
+"""``{"triton": version, "cases": {case: {kernel: {"per_score": n, "spills": n}}}}``, see `case_name`."""
+
+_MIN_EXPONENTIALS = 4
+"""Exponentials of a thread, in a loop that makes a tile of scores."""
+
+
+def case_name(workload: str, dtype: torch.dtype, capability: int, backward: bool) -> str:
+    """As in ``field-16k bfloat16 sm_90 forward``."""
+    return f"{workload} {str(dtype).removeprefix('torch.')} sm_{capability} {'backward' if backward else 'forward'}"
+
+
+def cases(names: Sequence[str] = RECORDED) -> Iterator[tuple[str, torch.dtype, int, bool]]:
+    """``(workload, dtype, capability, backward)`` of everything that is recorded."""
+    for name in names:
+        for dtype in WORKLOADS[name].dtypes:
+            for capability in CAPABILITIES:
+                yield from ((name, dtype, capability, backward) for backward in (False, True))
+
+
+def compile_case(name: str, dtype: torch.dtype, capability: int, backward: bool) -> list[sass.Code]:
+    """The kernels of a pass over a workload, in its default configurations."""
+    return sass.compile_launches(
+        lambda: sass.launch_attention(WORKLOADS[name], dtype, backward=backward), capability)
+
+
+def _scores(code: sass.Code) -> int:
+    """Scores that a program makes in one turn of its inner loop: a tile of queries by a block of keys. Folded, the
+    block is two halves of a loop."""
+    sides = {side: code.constants.get(side, 1) for side in ("BLOCK_M", "BLOCK_N", "TILE_U", "TILE_V")}
+    if code.constants.get("FOLD"):
+        sides["BLOCK_N"] = 2 * code.constants["BLOCK_C"]
+    return math.prod(sides.values())
+
+
+def per_score(code: sass.Code) -> float | None:
+    """Instructions for each score in the costliest inner loop that makes scores; where a program makes its scores once
+    and without a loop, those of the whole kernel, branches that exclude each other included; None for a kernel that
+    makes none."""
+    scores = _scores(code)
+    loops = [loop for loop in code.loops if loop.innermost and loop.count("MUFU.EX2") >= _MIN_EXPONENTIALS]
+    if loops:
+        return max(code.per_score(loop, scores) for loop in loops)
+    if code.count("MUFU.EX2") < _MIN_EXPONENTIALS:
+        return None
+    return code.per_score(sass.Loop(code.instructions, innermost=True), scores)
+
+
+def resources(codes: Sequence[sass.Code]) -> dict[str, dict[str, int]]:
+    """The worst of each kernel over its launches: instructions for each score, rounded up, and spilling instructions of
+    a thread."""
+    found: dict[str, dict[str, int]] = {}
+    for code in codes:
+        worst = found.setdefault(code.name, {"spills": 0})
+        worst["spills"] = max(worst["spills"], code.spills)
+        cost = per_score(code)
+        if cost is not None:
+            worst["per_score"] = max(worst.get("per_score", 0), math.ceil(cost))
+    return found
+
+
+def rises(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What takes more than before, in words; cases and kernels that only one of them has are no rise."""
+    return [
+        f"{case}: {kernel}: {what} {before[case][kernel][what]} to {number}"
+        for case, kernels in after.items() if case in before
+        for kernel, numbers in kernels.items() if kernel in before[case]
+        for what, number in numbers.items() if number > before[case][kernel].get(what, number)
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    import triton
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.triton_resources",
+        description="Compiles the Triton kernels of workloads without a GPU, for compute capabilities "
+                    f"{' and '.join(map(str, CAPABILITIES))}, and records what they take: instructions for each score, "
+                    "and spills. Half a minute for each case; tests hold the kernels to the record.",
+    )
+    parser.add_argument("--workloads", nargs="+", choices=RECORDED, default=RECORDED, metavar="WORKLOAD",
+                        help=f"those to compile, of {', '.join(RECORDED)} (default: all); others keep their numbers")
+    parser.add_argument("--record", type=Path, default=RECORD, metavar="FILE.json", help="default: %(default)s")
+    parser.add_argument("--allow-rise", action="store_true",
+                        help="record numbers that rose too, as another version of Triton may need")
+    arguments = parser.parse_args(argv)
+    record = json.loads(arguments.record.read_text()) if arguments.record.exists() else {"cases": {}}
+    found = {}
+    for case in cases(arguments.workloads):
+        found[case_name(*case)] = resources(compile_case(*case))
+        print(case_name(*case), found[case_name(*case)], flush=True)
+    risen = rises(record["cases"], found)
+    for line in risen:
+        print(f"rose: {line}")
+    if risen and not arguments.allow_rise:
+        parser.exit(1, f"{parser.prog}: nothing is recorded: {len(risen)} numbers rose\n")
+    record = {"triton": triton.__version__, "cases": dict(sorted((record["cases"] | found).items()))}
+    arguments.record.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
