@@ -25,6 +25,7 @@ SELECTED = {
                       "or negative or beyond",
     "test_cuda_backend.py": "cuda",
     "test_cuda_forward.py": "cuda",
+    "test_properties.py": "statistics",
 }
 
 

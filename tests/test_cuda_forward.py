@@ -72,7 +72,7 @@ def test_scores_that_grow(cuda, case):
     check_output(cuda, problem.replace(k=problem.k * growth.flip(0), q=problem.q * 2))
 
 
-@pytest.mark.parametrize("case", ["closed lines that are resident", "open in time"])
+@pytest.mark.parametrize("case", ["closed lines that are resident", "open in time", "patches", "patches in time"])
 def test_statistics_leave_the_output_as_it_is(cuda, case):
     """Two chunks at a time, or one: to the bit the same, whichever rows ask for a new maximum."""
     problem = problem_of(cuda, case, torch.bfloat16)

@@ -15,6 +15,11 @@ void launch_general(const ForwardArguments& arguments, int64_t heads, const Devi
 }
 
 template <class Kernel>
+void launch_cross(const CrossForwardArguments& arguments, int64_t heads, const Device& device) {
+  launch<Kernel>({arguments.plan.num_blocks, heads}, arguments.plan.warps, Kernel::kSharedBytes, device, arguments);
+}
+
+template <class Kernel>
 void launch_lines(const LineForwardArguments& arguments, int64_t heads, const Device& device) {
   const Schedule& schedule = arguments.forward.in.schedule;
   launch<Kernel>({schedule.num_blocks, heads}, schedule.warps, Kernel::shared_bytes(arguments.plan), device, arguments);
@@ -24,12 +29,16 @@ void launch_lines(const LineForwardArguments& arguments, int64_t heads, const De
 template <class E, int D>
 void launch_family(const ForwardArguments& arguments, const Lattice& lattice, int64_t heads, const Device& device) {
   const Schedule& schedule = arguments.in.schedule;
+  // What a query gets is to the bit the same in pairs and without.
   const bool in_pairs = arguments.entropy == nullptr && arguments.in.first_key == nullptr;
-  if (schedule.is_cross && in_pairs) {
-    using Kernel = CrossForwardKernel<E, D>;
+  if (schedule.is_cross && arguments.in.first_key == nullptr) {
     const CrossForwardArguments cross{arguments, cross_plan(lattice, schedule, schedule.seq_len)};
     if (cross.plan.fits) {
-      launch<Kernel>({cross.plan.num_blocks, heads}, cross.plan.warps, Kernel::kSharedBytes, device, cross);
+      if (in_pairs) {
+        launch_cross<CrossForwardKernel<E, D, true>>(cross, heads, device);
+      } else {
+        launch_cross<CrossForwardKernel<E, D, false>>(cross, heads, device);
+      }
       return;
     }
   }

@@ -1,5 +1,7 @@
 // Forward of the cross flows: y += sum_s g_s O_s for a patch of 4 x 4 queries a warp, both flows from the same strips
 // of keys and values in shared memory.
+//
+// kInPairs: as for lines; not where entropy is asked for.
 #pragma once
 
 #include "chunk_softmax.h"
@@ -34,7 +36,7 @@ TORUS_DEVICE void fill_patch_biases(const Shared<FloatPair>& pairs, int at, cons
   }
 }
 
-template <class E, int D>
+template <class E, int D, bool kInPairs>
 struct CrossForwardKernel {
   using Arguments = CrossForwardArguments;
   using Rows = PaddedTile<E, D>;
@@ -126,20 +128,26 @@ struct CrossForwardKernel {
     const int whole = plan.in_time ? plan.first_whole_row(own_column + column) - first_row : seen.first;
     const auto add = [&](int row) {
       const int token = (first_row + row) * kPatch * in.schedule.n_minor + (own_column + column) * kPatch;
-      softmax.add_chunk(table, row - own_row, row - strip.first, false, [&](Sum (&scores)[kChunkTiles]) {
+      softmax.add_chunk(table, row - own_row, row - strip.first, !kInPairs, [&](Sum (&scores)[kChunkTiles]) {
         if (row < whole) hide_before_time(scores, token, in.schedule.n_minor, in.scale2);
       });
     };
     const bool in_own_column = column == 0;
-    if (in_own_column) softmax.begin(table, own_row - strip.first);
+    if (in_own_column) {
+      if constexpr (kInPairs) {
+        softmax.begin(table, own_row - strip.first);
+      } else {
+        add(own_row);
+      }
+    }
     int row = seen.first;
     while (true) {
-      while (row < seen.last && row >= whole && !(in_own_column && (row == own_row || row + 1 == own_row)) &&
+      while (kInPairs && row < seen.last && row >= whole && !(in_own_column && (row == own_row || row + 1 == own_row)) &&
              softmax.template add_chunks<2>(table, row - own_row, {row - strip.first, row + 1 - strip.first}))
         row += 2;
       if (row > seen.last) break;
       if (!(in_own_column && row == own_row))
-        if (row < whole || !softmax.template add_chunks<1>(table, row - own_row, {row - strip.first})) add(row);
+        if (!kInPairs || row < whole || !softmax.template add_chunks<1>(table, row - own_row, {row - strip.first})) add(row);
       ++row;
     }
   }
