@@ -13,9 +13,9 @@ from .lattice import DEFAULT_DECAY, NUM_STREAMS, TorusLattice
 from .ops import attention as attention_ops
 from .ops import compounding as compounding_ops
 from .ops import rope as rope_ops
+from .ops._library import DEVICES
 
-AUTOCAST_DEVICES = ("cpu", "cuda")
-"""Types of devices on which the operators heed autocast: those that they compute on."""
+_AUTOCAST_DEVICES = tuple(device.lower() for device in DEVICES)
 
 
 class TorusStats(NamedTuple):
@@ -150,7 +150,7 @@ def default_decay(
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
     # Elsewhere, as on "meta", asking is an error. (`torch.amp.is_autocast_available` does not trace in torch 2.11.)
-    if device_type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
+    if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
