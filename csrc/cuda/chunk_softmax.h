@@ -15,6 +15,10 @@ constexpr float kHeadroom = 256.0f;  // well within float16
 constexpr int kChunkKeys = 16;
 constexpr int kChunkTiles = kChunkKeys / kColumns;
 
+// Blocks of a multiprocessor, for kernels made of this: of 168 and 255 registers a thread.
+template <int D>
+constexpr int kChunkBlocks = D <= 64 ? 3 : 2;
+
 // Rows of the query head as left operands.
 template <class E, int D>
 struct QueryFragments {

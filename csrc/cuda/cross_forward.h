@@ -42,7 +42,7 @@ struct CrossForwardKernel {
   using Rows = PaddedTile<E, D>;
   static constexpr const char* kName = "attention_forward_cross";
   static constexpr int kMaxWarps = cuda::kMaxWarps;
-  static constexpr int kMinBlocks = D <= 64 ? 3 : 2;  // of 168 and 255 registers a thread
+  static constexpr int kMinBlocks = kChunkBlocks<D>;
   static constexpr int kStripRows = kStripPatches * kChunkKeys;
   static constexpr int kTableAt = 2 * Rows::bytes(kStripRows);
   static constexpr int kSharedBytes = kTableAt + kMaxStreams * kPatchTable * static_cast<int>(sizeof(FloatPair));
@@ -147,7 +147,8 @@ struct CrossForwardKernel {
         row += 2;
       if (row > seen.last) break;
       if (!(in_own_column && row == own_row))
-        if (!kInPairs || row < whole || !softmax.template add_chunks<1>(table, row - own_row, {row - strip.first})) add(row);
+        if (!kInPairs || row < whole || !softmax.template add_chunks<1>(table, row - own_row, {row - strip.first}))
+          add(row);
       ++row;
     }
   }

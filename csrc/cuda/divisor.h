@@ -8,7 +8,7 @@
 
 namespace torus::cuda {
 
-// For numbers in [0, 2^31): x / d = x * ceil(2^(31 + l) / d) >> (31 + l) with l = ceil(log2 d) (Granlund and Montgomery,
+// For numbers in [0, 2^31): x / d = x * ceil(2^(31 + l) / d) >> (31 + l), l = ceil(log2 d) (Granlund and Montgomery,
 // "Division by invariant integers using multiplication", 1994, theorem 4.2).
 struct Divisor {
   int value;

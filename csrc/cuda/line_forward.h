@@ -79,7 +79,7 @@ struct LineForwardKernel {
   using Rows = PaddedTile<E, D>;
   static constexpr const char* kName = "attention_forward_lines";
   static constexpr int kMaxWarps = cuda::kMaxWarps;
-  static constexpr int kMinBlocks = D <= 64 ? 3 : 2;  // of 168 and 255 registers a thread
+  static constexpr int kMinBlocks = kChunkBlocks<D>;
   static constexpr int kChunkBytes = 2 * Rows::bytes(kLineChunk);
 
   static TORUS_INLINE constexpr int shared_bytes(const LinePlan& plan) {

@@ -49,6 +49,17 @@ def _biases(
 
 
 @triton.jit
+def _softmax(exponents, WITH_ENTROPY: tl.constexpr):
+    """``(exponentials, maximum, total, spread)`` of whole rows of a tile; without entropy, the total for the spread."""
+    maximum = row_maximum(exponents)
+    exponents -= maximum[:, None]
+    p = tl.exp2(exponents)
+    total = tl.sum(p, axis=1)
+    spread_total = spread(p, exponents) if WITH_ENTROPY else total
+    return p, maximum, total, spread_total
+
+
+@triton.jit
 def _mixed(p, factor, partner_p, partner_factor, ARCS: tl.constexpr):
     if ARCS:
         return p * factor[:, None] + partner_p * partner_factor[:, None]
@@ -107,20 +118,10 @@ def _whole_line(
     k = load_rows(k_base, key_token, key_valid, stride_kt, D, BLOCK_D)
     v = load_rows(v_base, key_token, key_valid, stride_vt, D, BLOCK_D)
     scores = dot_transposed(q, k, PRECISION) * scale
-    exponents = scores + bias
-    maximum = row_maximum(exponents)
-    exponents -= maximum[:, None]
-    p = tl.exp2(exponents)
-    total = tl.sum(p, axis=1)
-    spread_total = spread(p, exponents) if WITH_ENTROPY else total
+    p, maximum, total, spread_total = _softmax(scores + bias, WITH_ENTROPY)
     partner_p, partner_maximum, partner_total, partner_spread = p, maximum, total, spread_total
     if ARCS:
-        exponents = scores + partner_bias
-        partner_maximum = row_maximum(exponents)
-        exponents -= partner_maximum[:, None]
-        partner_p = tl.exp2(exponents)
-        partner_total = tl.sum(partner_p, axis=1)
-        partner_spread = spread(partner_p, exponents) if WITH_ENTROPY else partner_total
+        partner_p, partner_maximum, partner_total, partner_spread = _softmax(scores + partner_bias, WITH_ENTROPY)
     factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, ARCS)
     y = dot_cast(_mixed(p, factor, partner_p, partner_factor, ARCS), v, PRECISION)
     return y * norm[:, None], maximum, total, spread_total, partner_maximum, partner_total, partner_spread
