@@ -11,7 +11,8 @@ from torus_kernels import building
 ARCHITECTURES = ("sm_80", "sm_90a")
 
 GENERAL = ("ForwardKernel", "QueryGradientsKernel", "KeyGradientsKernel")
-ATTENTION = ("LineForwardKernel", "CrossForwardKernel", *GENERAL)
+CHUNKS = ("LineForwardKernel", "CrossForwardKernel", "ChunkQueryGradientsKernel", "ChunkKeyGradientsKernel")
+ATTENTION = (*CHUNKS, *GENERAL)
 
 ROWS_AND_KEYS = 16 * 32
 """Scores that a warp makes in one turn of its inner loop: kOwnRows of csrc/cuda/schedule.h against kOtherRows, or
@@ -74,7 +75,8 @@ def test_every_kernel_is_there(codes):
     for kernels in codes.values():
         for name in ATTENTION:
             found = [(code.constants["element"], *code.constants["numbers"]) for code in kernels if code.name == name]
-            variants = (1, 2) if name in GENERAL else (0, 1)  # streams, or whether chunks are taken in twos
+            # Streams; whether chunks are taken in twos; lines or patches.
+            variants = (1, 2) if name in GENERAL else (0, 1)
             assert sorted(found) == sorted((element, head_dim, variant) for element in ("Float16", "BFloat16")
                                            for head_dim in (32, 64, 128) for variant in variants), name
         assert {"DecodeKernel", "JoinKernel", "CompoundKernel", "CompoundBackwardKernel", "MultiscaleKernel",

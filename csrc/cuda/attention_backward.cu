@@ -2,6 +2,7 @@
 // token by token.
 #include "backward_keys.h"
 #include "backward_queries.h"
+#include "chunk_backward.h"
 #include "parameters.h"
 #include "plan.h"
 
@@ -9,8 +10,14 @@ namespace torus::cuda {
 
 namespace {
 
+template <class Kernel>
+void launch_chunks(const ChunkBackwardArguments<typename Kernel::Plan>& arguments, int64_t blocks, int warps,
+                   int64_t heads, const Device& device) {
+  launch<Kernel>({blocks, heads}, warps, Kernel::shared_bytes(arguments.plan), device, arguments);
+}
+
 template <template <class, int, int> class Kernel, class E, int D>
-void launch_family(const BackwardArguments& arguments, int64_t heads, const Device& device) {
+void launch_general(const BackwardArguments& arguments, int64_t heads, const Device& device) {
   const Schedule& schedule = arguments.in.schedule;
   const auto run = [&](auto kernel) {
     using K = decltype(kernel);
@@ -21,6 +28,23 @@ void launch_family(const BackwardArguments& arguments, int64_t heads, const Devi
   } else {
     run(Kernel<E, D, 1>{});
   }
+}
+
+// One family of lines, or the cross flows, by queries or by keys, with the kernel that is for it.
+template <template <class, int, class> class ByChunks, template <class, int, int> class General, class E, int D>
+void launch_family(const BackwardArguments& arguments, const Lattice& lattice, int64_t heads, const Device& device) {
+  const Schedule& schedule = arguments.in.schedule;
+  if (arguments.in.first_key == nullptr && schedule.is_cross) {
+    const CrossPlan plan = cross_plan(lattice, schedule, schedule.seq_len);
+    if (plan.fits)
+      return launch_chunks<ByChunks<E, D, PatchSweep>>({arguments, plan}, plan.num_blocks, plan.warps, heads, device);
+  } else if (arguments.in.first_key == nullptr) {
+    using Kernel = ByChunks<E, D, LineSweep>;
+    const LinePlan plan = line_plan(lattice, schedule, schedule.seq_len, Kernel::kChunkBytes);
+    if (plan.fits)
+      return launch_chunks<Kernel>({arguments, plan}, schedule.num_blocks, schedule.warps, heads, device);
+  }
+  launch_general<General, E, D>(arguments, heads, device);
 }
 
 }  // namespace
@@ -70,9 +94,10 @@ void attention_backward(const AttentionBackward& problem, const Device& device) 
         operands.squared = by_queries.tables[i];
         operands.begins = i == 0, operands.ends = i == by_queries.count - 1;
         operands.schedule = by_queries.schedules[i];
-        launch_family<QueryGradientsKernel, E, dim>(arguments, count * group, device);
+        launch_family<ChunkQueryGradientsKernel, QueryGradientsKernel, E, dim>(arguments, in.lattice, count * group,
+                                                                               device);
         operands.schedule = by_keys.schedules[i];
-        launch_family<KeyGradientsKernel, E, dim>(arguments, count, device);
+        launch_family<ChunkKeyGradientsKernel, KeyGradientsKernel, E, dim>(arguments, in.lattice, count, device);
       }
       parameters.in = operands;
       using Kernel = TokenGradientsKernel<E>;

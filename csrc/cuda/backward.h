@@ -2,17 +2,13 @@
 // delta_s = sum_t' P_s dP and dS = sum_s g_s P_s (dP - delta_s); d_q = scale dS k, d_k = scale dS^T q,
 // d_v = sum_s g_s P_s^T d_out. Queries come first and leave delta and the gates to the kernel of the keys.
 //
-// dS is multiplied as two numbers of 16 bits: rounded once, the gradients of a query would no longer sum to zero, which
-// keys with a large common part show in d_q.
+// dS is multiplied with keys as two numbers of 16 bits: rounded once, the gradients of a query would no longer sum to
+// zero, which keys with a large common part show in d_q.
 #pragma once
 
-#include "scores.h"
+#include "chunks.h"
 
 namespace torus::cuda {
-
-constexpr int kChunkTiles = 2;                         // sums side by side in the backward
-constexpr int kChunkRows = kChunkTiles * kColumns;     // others that they stand for
-static_assert(kChunkRows == kDepth, "a chunk of others is the depth of one product");
 
 // Numbers of query rows between kernels: [query heads of the launch, T, 8] each.
 struct RowSums {
@@ -41,9 +37,48 @@ TORUS_DEVICE Lane<float> load_lse2(const BackwardArguments& arguments, const Hea
   return load(arguments.lse, row * int64_t{kNumStreams} + static_cast<int64_t>(stream), token >= 0, 0.0f) * kLog2e;
 }
 
+// What sixteen queries have of one stream, in a lane's two rows: sums over the lane's columns, until they are finished.
+struct QuerySums {
+  Lane<float> lse2[2];
+  Lane<float> total[2], delta[2];  // sum P_s, which lse's rounding leaves off 1, and sum P_s dP
+  Lane<float> gate[2];             // alpha g_s over the total
+  Lane<float> decay[2];            // sum rho^2 dS_s
+
+  TORUS_DEVICE void begin(const BackwardArguments& arguments, const Head& head, const Lane<int> (&token)[2],
+                          int stream) {
+    TORUS_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      lse2[half] = load_lse2(arguments, head, token[half], stream);
+      total[half] = delta[half] = decay[half] = 0.0f;
+    }
+  }
+  // Delta and the gate, of all columns.
+  TORUS_DEVICE void finish_delta(const Operands& in, const Head& head, const Lane<int> (&token)[2], int stream) {
+    TORUS_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const Lane<float> alpha =
+          in.alpha.data != nullptr ? load_parameter(in.alpha, head, token[half], 0) : Lane<float>(1.0f);
+      const Lane<float> sum = quad_sum(total[half]);
+      delta[half] = quad_sum(delta[half]) / sum;
+      gate[half] = load_parameter(in.weights, head, token[half], stream) * alpha / sum;
+    }
+  }
+  TORUS_DEVICE void write(const RowSums& rows, const Operands& in, const Head& head, const Lane<int> (&token)[2],
+                          int stream) const {
+    TORUS_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const Lane<bool> where = token[half] >= 0 && fragment_member() == 0;
+      const Lane<int64_t> at = RowSums::at(in, head, token[half], stream);
+      store(rows.delta, at, delta[half], where);
+      store(rows.gate, at, gate[half], where);
+      store(rows.decay, at, quad_sum(decay[half]), where);
+    }
+  }
+};
+
 // out += (two parts of sums) * rows row0 ... + 15 of others
-template <class E, int D>
-TORUS_DEVICE void multiply_gradients(Sum (&out)[D / kColumns], const Sum (&sums)[kChunkTiles], const Tile<E, D>& others,
+template <class E, int D, class Others>
+TORUS_DEVICE void multiply_gradients(Sum (&out)[D / kColumns], const Sum (&sums)[kChunkTiles], const Others& others,
                                      int row0) {
   const Left<E> rounded = left_of<E>(sums[0], sums[1]);
   const Left<E> residual = residual_of<E>(sums[0], sums[1], rounded);
@@ -61,12 +96,12 @@ TORUS_DEVICE void multiply_gradients(Sum (&out)[D / kColumns], const Sum (&sums)
 
 // Sums of rows [16, D] times a factor, into a workspace or, once complete, into rows of E.
 template <class E, int D>
-TORUS_DEVICE void write_gradient(const Operands& in, float* workspace, E* rows, int64_t stride, const OwnRows& own,
-                                 const Sum (&sums)[D / kColumns], float factor) {
-  add_rows<D>(in, workspace, own.token, sums,
-              [&](int, const Lane<int>& token, const Lane<int>& pair, const Lane<bool>& where, const Lane<float>& low,
+TORUS_DEVICE void write_gradient(const Operands& in, float* workspace, E* rows, int64_t stride,
+                                 const Lane<int> (&token)[2], const Sum (&sums)[D / kColumns], float factor) {
+  add_rows<D>(in, workspace, token, sums,
+              [&](int, const Lane<int>& row, const Lane<int>& pair, const Lane<bool>& where, const Lane<float>& low,
                   const Lane<float>& high) {
-                store_pair(rows, pair_index(token, stride, pair), low * factor, high * factor, where);
+                store_pair(rows, pair_index(row, stride, pair), low * factor, high * factor, where);
               });
 }
 

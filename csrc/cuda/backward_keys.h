@@ -88,17 +88,17 @@ struct KeyGradientsKernel {
                 if (slices.seen[k])
                   add_stream(k, slices, numbers(buffer), row0, in.scale2, scores, d_probs, mixed, d_scores);
               multiply_depth<E, D>(d_v, left_of<E>(mixed[0], mixed[1]), tile(buffer, 1), row0);
-              multiply_gradients<E, D>(d_k, d_scores, tile(buffer, 0), row0);
+              multiply_depth<E, D>(d_k, left_of<E>(d_scores[0], d_scores[1]), tile(buffer, 0), row0);
             }
           });
     }
 
     write_gradient<E, D>(in, arguments.d_k + local * in.tokens(),
                          rows_of<E>(arguments.d_k_out, first_head.batch, first_head.key_value), arguments.d_k_out.token,
-                         own, d_k, in.scale);
+                         own.token, d_k, in.scale);
     write_gradient<E, D>(in, arguments.d_v + local * in.tokens(),
                          rows_of<E>(arguments.d_v_out, first_head.batch, first_head.key_value), arguments.d_v_out.token,
-                         own, d_v, 1.0f);
+                         own.token, d_v, 1.0f);
   }
 
  private:

@@ -53,15 +53,11 @@ struct QueryGradientsKernel {
     Lane<int> oldest[2];
     for (int half = 0; half < 2; ++half) oldest[half] = oldest_key(in, head.batch, own.token[half]);
     float slope[kStreams];
-    Lane<float> lse2[kStreams][2], delta[kStreams][2], total[kStreams][2], gate[kStreams][2], decay[kStreams][2];
+    QuerySums sums[kStreams];
     TORUS_UNROLL
     for (int k = 0; k < kStreams; ++k) {
       slope[k] = bias_slope(in, head, schedule.stream[k]);
-      TORUS_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        lse2[k][half] = load_lse2(arguments, head, own.token[half], schedule.stream[k]);
-        delta[k][half] = total[k][half] = decay[k][half] = 0.0f;
-      }
+      sums[k].begin(arguments, head, own.token, schedule.stream[k]);
     }
 
     const auto stage = [&](const OtherPlace& other, int buffer) {
@@ -95,24 +91,16 @@ struct QueryGradientsKernel {
           TORUS_UNROLL
           for (int i = 0; i < 4; ++i) {
             const int half = i / 2;
-            const Lane<float> p = exp2_of(scores[t].value[i] * in.scale2 + bias.at(t, half, i % 2) - lse2[k][half]);
-            total[k][half] = total[k][half] + p;
-            delta[k][half] = delta[k][half] + p * d_probs[t].value[i];
+            const Lane<float> x = scores[t].value[i] * in.scale2 + bias.at(t, half, i % 2);
+            const Lane<float> p = exp2_of(x - sums[k].lse2[half]);
+            sums[k].total[half] = sums[k].total[half] + p;
+            sums[k].delta[half] = sums[k].delta[half] + p * d_probs[t].value[i];
           }
       }
     });
 
     TORUS_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const Lane<float> alpha =
-          in.alpha.data != nullptr ? load_parameter(in.alpha, head, own.token[half], 0) : Lane<float>(1.0f);
-      TORUS_UNROLL
-      for (int k = 0; k < kStreams; ++k) {
-        const Lane<float> sum = quad_sum(total[k][half]);
-        delta[k][half] = quad_sum(delta[k][half]) / sum;
-        gate[k][half] = load_parameter(in.weights, head, own.token[half], schedule.stream[k]) * alpha / sum;
-      }
-    }
+    for (int k = 0; k < kStreams; ++k) sums[k].finish_delta(in, head, own.token, schedule.stream[k]);
 
     Sum d_q[D / kColumns];
     zero_sums(d_q);
@@ -128,29 +116,21 @@ struct QueryGradientsKernel {
           TORUS_UNROLL
           for (int i = 0; i < 4; ++i) {
             const int half = i / 2;
-            const Lane<float> p = exp2_of(scores[t].value[i] * in.scale2 + bias.at(t, half, i % 2) - lse2[k][half]);
-            const Lane<float> d_score = p * gate[k][half] * (d_probs[t].value[i] - delta[k][half]);
+            const Lane<float> x = scores[t].value[i] * in.scale2 + bias.at(t, half, i % 2);
+            const Lane<float> p = exp2_of(x - sums[k].lse2[half]);
+            const Lane<float> d_score = p * sums[k].gate[half] * (d_probs[t].value[i] - sums[k].delta[half]);
             d_scores[t].value[i] = d_scores[t].value[i] + d_score;
-            decay[k][half] = decay[k][half] + squared.at(t, half, i % 2) * d_score;
+            sums[k].decay[half] = sums[k].decay[half] + squared.at(t, half, i % 2) * d_score;
           }
       }
       multiply_gradients<E, D>(d_q, d_scores, tile(buffer, 0), row0);
     });
 
     TORUS_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const Lane<bool> where = own.token[half] >= 0 && fragment_member() == 0;
-      TORUS_UNROLL
-      for (int k = 0; k < kStreams; ++k) {
-        const Lane<int64_t> at = RowSums::at(in, head, own.token[half], schedule.stream[k]);
-        store(arguments.rows.delta, at, delta[k][half], where);
-        store(arguments.rows.gate, at, gate[k][half], where);
-        store(arguments.rows.decay, at, quad_sum(decay[k][half]), where);
-      }
-    }
+    for (int k = 0; k < kStreams; ++k) sums[k].write(arguments.rows, in, head, own.token, schedule.stream[k]);
     write_gradient<E, D>(in, arguments.d_q + head.local * in.tokens(),
-                         rows_of<E>(arguments.d_q_out, head.batch, head.query), arguments.d_q_out.token, own, d_q,
-                         in.scale);
+                         rows_of<E>(arguments.d_q_out, head.batch, head.query), arguments.d_q_out.token, own.token,
+                         d_q, in.scale);
   }
 };
 

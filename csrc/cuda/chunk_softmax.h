@@ -7,65 +7,16 @@
 // row's chunks up in the same order: what a query gets depends on no other.
 #pragma once
 
+#include "chunks.h"
 #include "outputs.h"
 
 namespace torus::cuda {
 
 constexpr float kHeadroom = 256.0f;  // well within float16
-constexpr int kChunkKeys = 16;
-constexpr int kChunkTiles = kChunkKeys / kColumns;
-
-// Blocks of a multiprocessor, for kernels made of this: of 168 and 255 registers a thread.
-template <int D>
-constexpr int kChunkBlocks = D <= 64 ? 3 : 2;
-
-// Rows of the query head as left operands.
-template <class E, int D>
-struct QueryFragments {
-  Left<E> held[D / kDepth];
-
-  TORUS_DEVICE QueryFragments(const Operands& in, const E* rows, const Lane<int> (&token)[2]) {
-    TORUS_UNROLL
-    for (int k = 0; k < D / kDepth; ++k)
-      TORUS_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        const int column = k * kDepth + r / 2 * kColumns;
-        const Lane<int>& row = token[r % 2];
-        held[k].reg[r] = load_pair(rows, pair_index(row, in.q.token, fragment_member() + column / 2),
-                                   row >= 0 && column < in.head_dim);
-      }
-  }
-  TORUS_DEVICE const Left<E>& operator()(int k) const { return held[k]; }
-};
-
-// A stream's biases in shared memory: two in a place, of a lane's two columns of a sum, which are one step apart. Sums
-// that are neighbours, in rows or in columns, are kTileStep places apart, and chunks twice that.
-template <int kTileStep>
-struct BiasTable {
-  Shared<FloatPair> pairs;
-  Lane<int> first;  // place of the first sum of the queries' own chunk
-};
-
-// Biases of 8 kTiles keys, beginning with those of a chunk so far from the queries' own.
-template <int kTiles>
-struct ChunkBiases {
-  Lane<FloatPair> value[kTiles + 1];
-
-  template <int kTileStep>
-  TORUS_DEVICE ChunkBiases(const BiasTable<kTileStep>& table, int chunk) {
-    const Lane<int> first = table.first - chunk * (kChunkTiles * kTileStep);
-    TORUS_UNROLL
-    for (int d = 0; d <= kTiles; ++d) value[d] = table.pairs.load(first + (d + 1 - kTiles) * kTileStep);
-  }
-  // At value 2 half + i of a sum.
-  TORUS_DEVICE Lane<float> at(int tile, int half, int i) const {
-    return map([i](FloatPair two) { return i == 0 ? two.low : two.high; }, value[half - tile + kTiles - 1]);
-  }
-};
 
 // Scores of a chunk, biased and in base 2, in place of its sums.
 template <int kTiles>
-TORUS_DEVICE void add_biases(Sum (&scores)[kChunkTiles], const ChunkBiases<kTiles>& biases, int first_tile,
+TORUS_DEVICE void add_biases(Sum (&scores)[kChunkTiles], const ChunkNumbers<kTiles>& biases, int first_tile,
                              float scale2) {
   TORUS_UNROLL
   for (int t = 0; t < kChunkTiles; ++t)
@@ -90,12 +41,12 @@ TORUS_DEVICE void exponentiate(Sum (&x)[kChunkTiles], const Lane<float> (&from)[
 template <class E, int D>
 struct ChunkSoftmax : SoftmaxSums {
   using Rows = PaddedTile<E, D>;
-  const QueryFragments<E, D>& query;
+  const RowFragments<E, D>& query;
   const Rows keys, values;
   const float scale2;
   Sum out[D / kColumns];
 
-  TORUS_DEVICE ChunkSoftmax(const QueryFragments<E, D>& query, const Rows& keys, const Rows& values, float scale2)
+  TORUS_DEVICE ChunkSoftmax(const RowFragments<E, D>& query, const Rows& keys, const Rows& values, float scale2)
       : query(query), keys(keys), values(values), scale2(scale2) {
     TORUS_UNROLL
     for (int t = 0; t < D / kColumns; ++t) out[t] = zero_sum();
@@ -105,12 +56,12 @@ struct ChunkSoftmax : SoftmaxSums {
   template <class Table>
   TORUS_DEVICE void begin(const Table& table, int slot) {
     Sum x[kChunkTiles];
-    multiply_rows(x, query, keys, slot * kChunkKeys);
-    add_biases(x, ChunkBiases<kChunkTiles>(table, 0), 0, scale2);
+    multiply_rows(x, query, keys, slot * kChunkRows);
+    add_biases(x, ChunkNumbers<kChunkTiles>(table, 0), 0, scale2);
     TORUS_UNROLL
     for (int half = 0; half < 2; ++half) maximum[half] = anchor(quad_maximum(highest(x, half)));
     exponentiate(x, maximum, total);
-    multiply_depth<E, D>(out, left_of<E>(x[0], x[1]), values, slot * kChunkKeys);
+    multiply_depth<E, D>(out, left_of<E>(x[0], x[1]), values, slot * kChunkRows);
   }
 
   // Neighbouring chunks that lie in slots, the first so far from the queries' own; false, and nothing done, where their
@@ -120,8 +71,8 @@ struct ChunkSoftmax : SoftmaxSums {
     Sum e[kChunks][kChunkTiles];
     Lane<float> sums[kChunks][2];
     TORUS_UNROLL
-    for (int c = 0; c < kChunks; ++c) multiply_rows(e[c], query, keys, slots[c] * kChunkKeys);
-    const ChunkBiases<kChunks * kChunkTiles> biases(table, chunk);
+    for (int c = 0; c < kChunks; ++c) multiply_rows(e[c], query, keys, slots[c] * kChunkRows);
+    const ChunkNumbers<kChunks * kChunkTiles> biases(table, chunk);
     Lane<bool> large = false;
     TORUS_UNROLL
     for (int c = 0; c < kChunks; ++c) {
@@ -134,7 +85,7 @@ struct ChunkSoftmax : SoftmaxSums {
     for (int c = 0; c < kChunks; ++c) {
       TORUS_UNROLL
       for (int half = 0; half < 2; ++half) total[half] = total[half] + sums[c][half];
-      multiply_depth<E, D>(out, left_of<E>(e[c][0], e[c][1]), values, slots[c] * kChunkKeys);
+      multiply_depth<E, D>(out, left_of<E>(e[c][0], e[c][1]), values, slots[c] * kChunkRows);
     }
     return true;
   }
@@ -144,9 +95,9 @@ struct ChunkSoftmax : SoftmaxSums {
   TORUS_DEVICE void add_chunk(const Table& table, int chunk, int slot, bool with_spread, Hide hide) {
     Sum x[kChunkTiles], e[kChunkTiles];
     Lane<float> sums[2], kept[2], from[2];
-    multiply_rows(x, query, keys, slot * kChunkKeys);
+    multiply_rows(x, query, keys, slot * kChunkRows);
     hide(x);
-    add_biases(x, ChunkBiases<kChunkTiles>(table, chunk), 0, scale2);
+    add_biases(x, ChunkNumbers<kChunkTiles>(table, chunk), 0, scale2);
     TORUS_UNROLL
     for (int half = 0; half < 2; ++half) from[half] = anchor(maximum[half]);
     copy(e, x);
@@ -180,7 +131,7 @@ struct ChunkSoftmax : SoftmaxSums {
         TORUS_UNROLL
         for (int i = 0; i < 4; ++i) out[t].value[i] = out[t].value[i] * kept[i / 2];
     }
-    multiply_depth<E, D>(out, left_of<E>(e[0], e[1]), values, slot * kChunkKeys);
+    multiply_depth<E, D>(out, left_of<E>(e[0], e[1]), values, slot * kChunkRows);
   }
 
  private:

@@ -1,6 +1,6 @@
 // Whom the CUDA kernels' schedule makes meet, against the lattice: over all blocks, tiles and rows, every visible pair
-// of a stream is met exactly once, with its distance, and nothing else is; by queries and, mirrored, by keys, and by
-// queries in the plans of the kernels of lines and of the cross flows. Before that, the divisions that they share.
+// of a stream is met exactly once, with its distance, and nothing else is; by queries and, mirrored, by keys, and both
+// again in the plans of the kernels of lines and of the cross flows. Before that, the divisions that they share.
 //
 // Prints the number of pairs checked; the first difference ends the program with status 1.
 #include <cstdio>
@@ -88,17 +88,19 @@ Pairs met_on_lines(const Lattice& lattice, int64_t seq_len, const Schedule& s, c
     const auto meet = [&](int warp, int chunk) {
       for (int r = 0; r < kLineChunk; ++r)
         for (int c = 0; c < kLineChunk; ++c) {
-          const int step = (warp - chunk) * kLineChunk + r - c;
+          const int displacement = (warp - chunk) * kLineChunk + r - c, step = reach.sign * displacement;
           const int mine = s.own_token(own, own.line, s.own_position(own, warp) + r);
           const int theirs = token_of(own.position + chunk * kLineChunk + c);
           if (step < reach.min_step || step > reach.max_step || mine == kNoToken) continue;
           const double squared = squared_distance(lattice, seq_len, s, stream, 0, step - s.col_lo);
           if (squared < 0) continue;
-          // A visible step to a key that there is not would go unnoticed by the kernel.
+          // A visible step to a key that there is not would go unnoticed by the kernel; queries that are not weigh nothing.
+          if (theirs == kNoToken && s.mirrored) continue;
           if (theirs == kNoToken) fail(lattice, seq_len, stream, "a key beyond the line is not hidden");
-          const int at = step - reach.min_table_step();
-          if (at < 1 || at >= reach.table_size()) fail(lattice, seq_len, stream, "a step beyond the table");
-          if (!pairs.emplace(std::pair<int64_t, int64_t>(mine, theirs), squared).second)
+          const int at = displacement - reach.min_displacement();
+          if (at < 1 || at >= reach.table_size()) fail(lattice, seq_len, stream, "a displacement beyond the table");
+          const std::pair<int64_t, int64_t> pair(s.mirrored ? theirs : mine, s.mirrored ? mine : theirs);
+          if (!pairs.emplace(pair, squared).second)
             fail(lattice, seq_len, stream, "a pair is met twice on a line");
         }
     };
@@ -133,26 +135,31 @@ Pairs met_in_patches(const Lattice& lattice, int64_t seq_len, const Schedule& s,
     for (int column = 0; column <= kMaxPatchReach; column = CrossPlan::next_column(column)) {
       const Chunks strip = plan.strip(first_row, column);
       if (strip.last - strip.first >= kStripPatches) fail(lattice, seq_len, stream, "a long strip");
-      if (!plan.reach[k].columns.has(column)) continue;
+      const Chunks of_stream = plan.strip(k, first_row, column);
+      if (of_stream.empty()) continue;
+      if (of_stream.first < strip.first || of_stream.last > strip.last)
+        fail(lattice, seq_len, stream, "a strip without what one of its streams sees");
       for (int warp = 0; warp < plan.warps; ++warp) {
-        const Chunks rows = plan.reach[k].rows.shifted(warp).within(strip);
+        const Chunks rows = plan.reach[k].rows.shifted(warp).within(of_stream);
         for (int row = rows.first; row <= rows.last; ++row)
           for (int r = 0; r < kOwnRows; ++r)
             for (int c = 0; c < kOwnRows; ++c) {
               const int u = (first_row + warp) * kPatch + r / kPatch, v = own_column * kPatch + r % kPatch;
-              const int key_u = (first_row + row) * kPatch + c / kPatch;
-              const int key_v = (own_column + column) * kPatch + c % kPatch;
-              const int a = u - key_u, b = v - key_v;
+              const int their_u = (first_row + row) * kPatch + c / kPatch;
+              const int their_v = (own_column + column) * kPatch + c % kPatch;
+              const int a = plan.sign * (u - their_u), b = plan.sign * (v - their_v);
               const bool exists = u < s.num_tracks && v < s.track_length;
-              const int mine = exists ? s.site(u, v) : kNoToken, theirs = s.site(key_u, key_v);
+              const int mine = exists ? s.site(u, v) : kNoToken, theirs = s.site(their_u, their_v);
               if (mine == kNoToken || a < s.row_lo || a > s.row_hi || b < s.col_lo || b > s.col_hi) continue;
               const double squared = squared_distance(lattice, seq_len, s, stream, a - s.row_lo, b - s.col_lo);
               if (squared < 0) continue;
+              if (theirs == kNoToken && s.mirrored) continue;
+              const std::pair<int64_t, int64_t> pair(s.mirrored ? theirs : mine, s.mirrored ? mine : theirs);
               if (theirs == kNoToken) {
                 // The kernel hides what comes before token 0, where a patch may have that.
                 const bool hidden = plan.in_time && first_row + row < plan.first_whole_row(own_column + column);
                 if (!hidden) fail(lattice, seq_len, stream, "a key beyond the lattice is not hidden");
-              } else if (!pairs.emplace(std::pair<int64_t, int64_t>(mine, theirs), squared).second) {
+              } else if (!pairs.emplace(pair, squared).second) {
                 fail(lattice, seq_len, stream, "a pair is met twice in patches");
               }
             }
@@ -180,26 +187,25 @@ int64_t check(const Lattice& lattice, int64_t seq_len) {
     for (int k = 0; k < s.num_streams; ++k)
       compare(s, s.stream[k], visible_across(cross_window(lattice, seq_len), seq_len, s.stream[k]));
   }
-  for (int f = 0; f < kNumFamilies; ++f) {
-    const LineFamily lines = line_family(lattice, static_cast<Family>(f), seq_len);
-    const Schedule s = line_schedule(lattice, static_cast<Family>(f), seq_len, false);
-    for (const int chunk_bytes : {1 << 10, 1 << 30}) {  // closed lines are resident, or are not
-      const LinePlan plan = line_plan(lattice, s, seq_len, chunk_bytes);
-      for (int k = 0; plan.fits && k < s.num_streams; ++k) {
-        const Pairs expected = visible_on_lines(lines, s.stream[k]);
-        if (met_on_lines(lattice, seq_len, s, plan, k) != expected)
-          fail(lattice, seq_len, s.stream[k], "queries meet other keys of a line than they see");
-        count += static_cast<int64_t>(expected.size());
+  const auto compare_plan = [&](const Pairs& met, const Pairs& expected, int stream) {
+    if (met != expected) fail(lattice, seq_len, stream, "others are met by a plan than are seen");
+    count += static_cast<int64_t>(expected.size());
+  };
+  for (const bool mirrored : {false, true}) {
+    for (int f = 0; f < kNumFamilies; ++f) {
+      const LineFamily lines = line_family(lattice, static_cast<Family>(f), seq_len);
+      const Schedule s = line_schedule(lattice, static_cast<Family>(f), seq_len, mirrored);
+      for (const int chunk_bytes : {1 << 10, 1 << 30}) {  // closed lines are resident, or are not
+        const LinePlan plan = line_plan(lattice, s, seq_len, chunk_bytes);
+        for (int k = 0; plan.fits && k < s.num_streams; ++k)
+          compare_plan(met_on_lines(lattice, seq_len, s, plan, k), visible_on_lines(lines, s.stream[k]), s.stream[k]);
       }
     }
-  }
-  const Schedule s = cross_schedule(lattice, seq_len, false);
-  const CrossPlan plan = cross_plan(lattice, s, seq_len);
-  for (int k = 0; plan.fits && k < s.num_streams; ++k) {
-    const Pairs expected = visible_across(cross_window(lattice, seq_len), seq_len, s.stream[k]);
-    if (met_in_patches(lattice, seq_len, s, plan, k) != expected)
-      fail(lattice, seq_len, s.stream[k], "queries meet other keys of patches than they see");
-    count += static_cast<int64_t>(expected.size());
+    const Schedule s = cross_schedule(lattice, seq_len, mirrored);
+    const CrossPlan plan = cross_plan(lattice, s, seq_len);
+    for (int k = 0; plan.fits && k < s.num_streams; ++k)
+      compare_plan(met_in_patches(lattice, seq_len, s, plan, k),
+                   visible_across(cross_window(lattice, seq_len), seq_len, s.stream[k]), s.stream[k]);
   }
   return count;
 }

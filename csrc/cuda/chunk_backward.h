@@ -1,0 +1,287 @@
+// Backward of one family of lines, or of the cross flows, by chunks of sixteen others; which, and where they lie, is
+// what a Sweep knows: of lines in line_walk.h, of patches in patch_walk.h. One stream is worked off after another.
+//
+// By queries: delta, d_q and the rows' parts of d_decay, in two sweeps of a stream. By keys: d_k and d_v, in one sweep
+// of a stream and of every query head of the group. Scores are transposed there: own rows are keys, so that what
+// belongs to a query belongs to a column.
+#pragma once
+
+#include "backward.h"
+#include "line_walk.h"
+#include "patch_walk.h"
+
+namespace torus::cuda {
+
+template <class Plan>
+struct ChunkBackwardArguments {
+  BackwardArguments backward;
+  Plan plan;
+};
+
+// Sums of sixteen queries beside chunks of keys and values.
+template <class E, int D>
+struct QueryGradients : QuerySums {
+  using Rows = PaddedTile<E, D>;
+  const RowFragments<E, D>& query;
+  const RowFragments<E, D>& d_out;
+  const Rows keys, values;
+  const float scale2;
+  Sum d_q[D / kColumns];
+
+  TORUS_DEVICE QueryGradients(const RowFragments<E, D>& query, const RowFragments<E, D>& d_out, const Rows& keys,
+                              const Rows& values, float scale2)
+      : query(query), d_out(d_out), keys(keys), values(values), scale2(scale2) {
+    zero_sums(d_q);
+  }
+
+  // Adds chunks to what `finish_delta` takes.
+  template <int kChunks, class Table, class Hide>
+  TORUS_DEVICE void add_delta(const Table& biases, int chunk, const ChunkSlots<kChunks>& slots, Hide hide) {
+    for_each_chunk(biases, chunk, slots, hide, [&](int, const Chunk& probs, const Chunk& d_probs) {
+      TORUS_UNROLL
+      for (int t = 0; t < kChunkTiles; ++t)
+        TORUS_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          total[i / 2] = total[i / 2] + probs[t].value[i];
+          delta[i / 2] = delta[i / 2] + probs[t].value[i] * d_probs[t].value[i];
+        }
+    });
+  }
+
+  // Adds them to d_q and d_decay, once delta is there.
+  template <int kChunks, class Table, class Hide>
+  TORUS_DEVICE void add_gradients(const Table& biases, const Table& squared, int chunk,
+                                  const ChunkSlots<kChunks>& slots, Hide hide) {
+    const ChunkNumbers<kChunks * kChunkTiles> distances(squared, chunk);
+    for_each_chunk(biases, chunk, slots, hide, [&](int c, const Chunk& probs, const Chunk& d_probs) {
+      Chunk d_scores;
+      TORUS_UNROLL
+      for (int t = 0; t < kChunkTiles; ++t)
+        TORUS_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int half = i / 2;
+          d_scores[t].value[i] = probs[t].value[i] * gate[half] * (d_probs[t].value[i] - delta[half]);
+          decay[half] = decay[half] + distances.at(c * kChunkTiles + t, half, i % 2) * d_scores[t].value[i];
+        }
+      multiply_gradients<E, D>(d_q, d_scores, keys, slots.at[c] * kChunkRows);
+    });
+  }
+
+ private:
+  using Chunk = Sum[kChunkTiles];
+
+  // visit(c, P, dP), before P is divided by its sum.
+  template <int kChunks, class Table, class Hide, class Visit>
+  TORUS_DEVICE void for_each_chunk(const Table& table, int chunk, const ChunkSlots<kChunks>& slots, Hide hide,
+                                   Visit visit) {
+    const ChunkNumbers<kChunks * kChunkTiles> biases(table, chunk);
+    TORUS_UNROLL
+    for (int c = 0; c < kChunks; ++c) {
+      Chunk probs, d_probs;
+      multiply_rows(probs, query, keys, slots.at[c] * kChunkRows);
+      multiply_rows(d_probs, d_out, values, slots.at[c] * kChunkRows);
+      hide(probs);
+      TORUS_UNROLL
+      for (int t = 0; t < kChunkTiles; ++t)
+        TORUS_UNROLL
+        for (int i = 0; i < 4; ++i)
+          probs[t].value[i] = exp2_of(probs[t].value[i] * scale2 + biases.at(c * kChunkTiles + t, i / 2, i % 2) -
+                                      lse2[i / 2]);
+      visit(c, probs, d_probs);
+    }
+  }
+};
+
+// What a stream of a query is to its keys; of no weight where there is no query.
+struct alignas(16) QueryNumbers {
+  float lse2, gate, delta, unused;
+};
+
+// Sums of sixteen keys beside chunks of queries.
+template <class E, int D, class Own>
+struct KeyGradients {
+  using Rows = PaddedTile<E, D>;
+  const Own& key;
+  const Own& value;
+  const Rows queries, d_out;
+  const Shared<QueryNumbers> numbers;
+  const float scale2;
+  Sum d_k[D / kColumns], d_v[D / kColumns];
+
+  TORUS_DEVICE KeyGradients(const Own& key, const Own& value, const Rows& queries, const Rows& d_out,
+                            const Shared<QueryNumbers>& numbers, float scale2)
+      : key(key), value(value), queries(queries), d_out(d_out), numbers(numbers), scale2(scale2) {
+    zero_sums(d_k);
+    zero_sums(d_v);
+  }
+
+  template <int kChunks, class Table>
+  TORUS_DEVICE void add(const Table& table, int chunk, const ChunkSlots<kChunks>& slots) {
+    const ChunkNumbers<kChunks * kChunkTiles> biases(table, chunk);
+    TORUS_UNROLL
+    for (int c = 0; c < kChunks; ++c) {
+      const int row0 = slots.at[c] * kChunkRows;
+      Sum mixed[kChunkTiles], d_scores[kChunkTiles];
+      multiply_rows(mixed, key, queries, row0);
+      multiply_rows(d_scores, value, d_out, row0);
+      TORUS_UNROLL
+      for (int t = 0; t < kChunkTiles; ++t)
+        TORUS_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const auto of_query = numbers.load(fragment_member() * 2 + (row0 + t * kColumns + i));
+          const Lane<float> lse2 = map([](QueryNumbers x) { return x.lse2; }, of_query);
+          const Lane<float> gate = map([](QueryNumbers x) { return x.gate; }, of_query);
+          const Lane<float> delta = map([](QueryNumbers x) { return x.delta; }, of_query);
+          TORUS_UNROLL
+          for (int at = i; at < 4; at += 2) {
+            const Lane<float> bias = biases.at(c * kChunkTiles + t, at / 2, i);
+            mixed[t].value[at] = exp2_of(mixed[t].value[at] * scale2 + bias - lse2) * gate;
+            d_scores[t].value[at] = mixed[t].value[at] * (d_scores[t].value[at] - delta);
+          }
+        }
+      multiply_depth<E, D>(d_v, left_of<E>(mixed[0], mixed[1]), d_out, row0);
+      multiply_depth<E, D>(d_k, left_of<E>(d_scores[0], d_scores[1]), queries, row0);
+    }
+  }
+};
+
+template <class E, int D, class Sweep>
+struct ChunkQueryGradientsKernel {
+  using Plan = typename Sweep::Plan;
+  using Table = typename Sweep::Table;
+  using Arguments = ChunkBackwardArguments<Plan>;
+  using Rows = PaddedTile<E, D>;
+  static constexpr const char* kName = "attention_backward_queries_by_chunks";
+  static constexpr int kMaxWarps = cuda::kMaxWarps;
+  static constexpr int kMinBlocks = kChunkBlocks<D>;
+  static constexpr int kChunkBytes = 2 * Rows::bytes(kChunkRows);
+
+  static TORUS_INLINE constexpr int shared_bytes(const Plan& plan) {
+    return 2 * Rows::bytes(plan.rows()) + 2 * plan.table_size * static_cast<int>(sizeof(FloatPair));
+  }
+
+  static TORUS_DEVICE void run(const Warp& warp, const Arguments& arguments) {
+    const BackwardArguments& backward = arguments.backward;
+    const Operands& in = backward.in;
+    const Plan& plan = arguments.plan;
+    const Head head = query_head(in, warp.block_y());
+    const Sweep sweep(warp, in, plan);
+    const Lane<int>(&token)[2] = sweep.own.token;
+
+    const int bytes = Rows::bytes(plan.rows()), elements = plan.rows() * Rows::kPitch;
+    const int table_bytes = plan.table_size * static_cast<int>(sizeof(FloatPair));
+    const Rows keys{warp.template shared<E>(0, elements)}, values{warp.template shared<E>(bytes, elements)};
+    const auto biases = warp.template shared<FloatPair>(2 * bytes, plan.table_size);
+    const auto squared = warp.template shared<FloatPair>(2 * bytes + table_bytes, plan.table_size);
+
+    const RowFragments<E, D> query(in, rows_of<const E>(in.q, head.batch, head.query), in.q.token, token);
+    const RowFragments<E, D> d_out(in, rows_of<const E>(in.d_out, head.batch, head.query), in.d_out.token, token);
+    QueryGradients<E, D> sums(query, d_out, keys, values, in.scale2);
+    const auto bring = [&](const Lane<int>& others, int row0, int rows) {
+      copy_rows<2 * kChunkRows, 2, Rows>(in, others,
+                                         {rows_of<const E>(in.k, head.batch, head.key_value),
+                                          rows_of<const E>(in.v, head.batch, head.key_value)},
+                                         {in.k.token, in.v.token}, {keys, values}, lane_index(), kWarpLanes, row0,
+                                         rows);
+    };
+
+    for (int k = 0; k < in.schedule.num_streams; ++k) {
+      const int stream = in.schedule.stream[k];
+      sums.begin(backward, head, token, stream);
+      warp.barrier();
+      sweep.fill_table(biases, k, Bias{bias_slope(in, head, stream)});
+      sweep.fill_table(squared, k, SquaredDistance{});
+      sweep.run(k, k == 0 || !sweep.keeps_rows(), bring,
+                [&](const Lane<int>& first, int chunk, const auto& slots, auto hide) {
+                  sums.add_delta(Table{biases, first}, chunk, slots, hide);
+                });
+      sums.finish_delta(in, head, token, stream);
+      sweep.run(k, !sweep.keeps_rows(), bring, [&](const Lane<int>& first, int chunk, const auto& slots, auto hide) {
+        sums.add_gradients(Table{biases, first}, Table{squared, first}, chunk, slots, hide);
+      });
+      sums.write(backward.rows, in, head, token, stream);
+    }
+    write_gradient<E, D>(in, backward.d_q + head.local * in.tokens(),
+                         rows_of<E>(backward.d_q_out, head.batch, head.query), backward.d_q_out.token, token, sums.d_q,
+                         in.scale);
+  }
+};
+
+template <class E, int D, class Sweep>
+struct ChunkKeyGradientsKernel {
+  using Plan = typename Sweep::Plan;
+  using Table = typename Sweep::Table;
+  using Arguments = ChunkBackwardArguments<Plan>;
+  using Rows = PaddedTile<E, D>;
+  static constexpr const char* kName = "attention_backward_keys_by_chunks";
+  static constexpr int kMaxWarps = cuda::kMaxWarps;
+  static constexpr int kNumberBytes = static_cast<int>(sizeof(QueryNumbers));
+  static constexpr int kChunkBytes = 2 * Rows::bytes(kChunkRows) + kChunkRows * kNumberBytes;
+
+  static TORUS_INLINE constexpr int shared_bytes(const Plan& plan) {
+    return 2 * Rows::bytes(plan.rows()) + plan.rows() * kNumberBytes +
+           plan.table_size * static_cast<int>(sizeof(FloatPair));
+  }
+
+  static TORUS_DEVICE void run(const Warp& warp, const Arguments& arguments) {
+    const BackwardArguments& backward = arguments.backward;
+    const Operands& in = backward.in;
+    const Plan& plan = arguments.plan;
+    const int local = warp.block_y();
+    const Head first_head = member_head(in, local, 0);
+    const Sweep sweep(warp, in, plan);
+    const Lane<int>(&token)[2] = sweep.own.token;
+
+    const int bytes = Rows::bytes(plan.rows()), elements = plan.rows() * Rows::kPitch;
+    const int table_at = 2 * bytes + plan.rows() * kNumberBytes;
+    const Rows queries{warp.template shared<E>(0, elements)}, d_out{warp.template shared<E>(bytes, elements)};
+    const auto numbers = warp.template shared<QueryNumbers>(2 * bytes, plan.rows());
+    const auto biases = warp.template shared<FloatPair>(table_at, plan.table_size);
+
+    const RowFragments<E, D> key(in, rows_of<const E>(in.k, first_head.batch, first_head.key_value), in.k.token, token);
+    const RowFragments<E, D> value(in, rows_of<const E>(in.v, first_head.batch, first_head.key_value), in.v.token,
+                                   token);
+    KeyGradients<E, D, RowFragments<E, D>> sums(key, value, queries, d_out, numbers, in.scale2);
+    for (int member = 0; member < in.heads.group(); ++member) {
+      const Head head = member_head(in, local, member);
+      for (int k = 0; k < in.schedule.num_streams; ++k) {
+        const int stream = in.schedule.stream[k];
+        warp.barrier();
+        sweep.fill_table(biases, k, Bias{bias_slope(in, head, stream)});
+        const bool brings_rows = k == 0 || !sweep.keeps_rows();
+        const auto bring = [&](const Lane<int>& others, int row0, int rows) {
+          if (brings_rows)
+            copy_rows<2 * kChunkRows, 2, Rows>(in, others,
+                                               {rows_of<const E>(in.q, head.batch, head.query),
+                                                rows_of<const E>(in.d_out, head.batch, head.query)},
+                                               {in.q.token, in.d_out.token}, {queries, d_out}, lane_index(),
+                                               kWarpLanes, row0, rows);
+          bring_numbers(backward, head, stream, others, numbers, row0, rows);
+        };
+        sweep.run(k, true, bring, [&](const Lane<int>& first, int chunk, const auto& slots, auto) {
+          sums.add(Table{biases, first}, chunk, slots);
+        });
+      }
+    }
+    write_gradient<E, D>(in, backward.d_k + local * in.tokens(),
+                         rows_of<E>(backward.d_k_out, first_head.batch, first_head.key_value), backward.d_k_out.token,
+                         token, sums.d_k, in.scale);
+    write_gradient<E, D>(in, backward.d_v + local * in.tokens(),
+                         rows_of<E>(backward.d_v_out, first_head.batch, first_head.key_value), backward.d_v_out.token,
+                         token, sums.d_v, 1.0f);
+  }
+
+ private:
+  static TORUS_DEVICE void bring_numbers(const BackwardArguments& backward, const Head& head, int stream,
+                                         const Lane<int>& token, const Shared<QueryNumbers>& numbers, int row0,
+                                         int rows) {
+    const Lane<int64_t> at = RowSums::at(backward.in, head, token, stream);
+    const auto together = [](float lse2, float gate, float delta) { return QueryNumbers{lse2, gate, delta, 0.0f}; };
+    const Lane<QueryNumbers> of_query = map(together, load_lse2(backward, head, token, stream),
+                                            load(backward.rows.gate, at, token >= 0, 0.0f),
+                                            load(backward.rows.delta, at, token >= 0, 0.0f));
+    numbers.store(lane_index() + row0, of_query, lane_index() < rows);
+  }
+};
+
+}  // namespace torus::cuda

@@ -1,0 +1,86 @@
+// Chunks of sixteen other rows in shared memory, one or two at a time, beside sixteen own rows in registers: what the
+// forward and the backward of lines and of the cross flows are made of.
+#pragma once
+
+#include "scores.h"
+
+namespace torus::cuda {
+
+constexpr int kChunkRows = 16;
+constexpr int kChunkTiles = kChunkRows / kColumns;
+static_assert(kChunkRows == kDepth, "a chunk is the depth of one product");
+
+// Blocks of a multiprocessor, for kernels made of this: of 168 and 255 registers a thread.
+template <int D>
+constexpr int kChunkBlocks = D <= 64 ? 3 : 2;
+
+// Own rows as left operands; of each lane's two tokens.
+template <class E, int D>
+struct RowFragments {
+  Left<E> held[D / kDepth];
+
+  TORUS_DEVICE RowFragments(const Operands& in, const E* rows, int64_t stride, const Lane<int> (&token)[2]) {
+    TORUS_UNROLL
+    for (int k = 0; k < D / kDepth; ++k)
+      TORUS_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const int column = k * kDepth + r / 2 * kColumns;
+        const Lane<int>& row = token[r % 2];
+        held[k].reg[r] = load_pair(rows, pair_index(row, stride, fragment_member() + column / 2),
+                                   row >= 0 && column < in.head_dim);
+      }
+  }
+  TORUS_DEVICE const Left<E>& operator()(int k) const { return held[k]; }
+};
+
+// Where chunks that are neighbours lie in shared memory.
+template <int kChunks>
+struct ChunkSlots {
+  int at[kChunks];
+};
+
+// Of scores that are not yet scaled.
+struct HidesNothing {
+  TORUS_DEVICE void operator()(Sum (&)[kChunkTiles]) const {}
+};
+
+// What tables are made of: functions of the squared distance, negative where nothing is seen.
+struct Bias {
+  float slope;
+  TORUS_DEVICE Lane<float> operator()(const Lane<float>& squared) const {
+    return select(squared >= 0.0f, squared * slope, kNegativeInfinity);
+  }
+};
+struct SquaredDistance {
+  TORUS_DEVICE Lane<float> operator()(const Lane<float>& squared) const {
+    return select(squared >= 0.0f, squared, Lane<float>(0.0f));
+  }
+};
+
+// Numbers of displacements (own row less other row) in shared memory: two in a place, of a lane's two columns of a sum,
+// which are one step apart. Sums that are neighbours, in rows or in columns, are kTileStep places apart, and chunks
+// twice that.
+template <int kTileStep>
+struct DisplacementTable {
+  Shared<FloatPair> pairs;
+  Lane<int> first;  // place of the first sum of the rows' own chunk
+};
+
+// Those of 8 kTiles others, beginning with a chunk so far from the own one.
+template <int kTiles>
+struct ChunkNumbers {
+  Lane<FloatPair> value[kTiles + 1];
+
+  template <int kTileStep>
+  TORUS_DEVICE ChunkNumbers(const DisplacementTable<kTileStep>& table, int chunk) {
+    const Lane<int> first = table.first - chunk * (kChunkTiles * kTileStep);
+    TORUS_UNROLL
+    for (int d = 0; d <= kTiles; ++d) value[d] = table.pairs.load(first + (d + 1 - kTiles) * kTileStep);
+  }
+  // At value 2 half + i of a sum.
+  TORUS_DEVICE Lane<float> at(int tile, int half, int i) const {
+    return map([i](FloatPair two) { return i == 0 ? two.low : two.high; }, value[half - tile + kTiles - 1]);
+  }
+};
+
+}  // namespace torus::cuda

@@ -1,0 +1,115 @@
+// A block's stretches of a line in shared memory, and what its warps go through there.
+#pragma once
+
+#include "chunks.h"
+#include "line_plan.h"
+
+namespace torus::cuda {
+
+using LineTable = DisplacementTable<kColumns>;
+
+// At place x, by the whole block, what `number` makes of the squared distances of displacement min_displacement() + x
+// and of the one before; of -1 where one of the schedule's streams sees nothing.
+template <class Number>
+TORUS_DEVICE void fill_line_table(const Shared<FloatPair>& pairs, const Operands& in, const Warp& warp,
+                                  const Reach& reach, int stream, Number number) {
+  const float* const squared = in.squared + int64_t{1} * stream * in.schedule.table_columns();
+  const auto at_displacement = [&](const Lane<int>& displacement) {
+    const Lane<int> step = displacement * reach.sign;
+    const Lane<bool> there = step >= reach.min_step && step <= reach.max_step;
+    return number(load(squared, cast<int64_t>(step - in.schedule.col_lo), there, -1.0f));
+  };
+  const int size = reach.table_size();
+  for (int first = warp.index() * kWarpLanes; first < size; first += warp.count() * kWarpLanes) {
+    const Lane<int> at = lane_index() + first;
+    const Lane<FloatPair> pair =
+        map([](float x, float before) { return FloatPair{x, before}; }, at_displacement(at + reach.min_displacement()),
+            at_displacement(at + (reach.min_displacement() - 1)));
+    pairs.store(at, pair, at < size);
+  }
+}
+
+// That of the first sum of a warp's own chunk.
+TORUS_DEVICE Lane<int> first_place(const Reach& reach) {
+  return fragment_group() - fragment_member() * 2 - reach.min_displacement();
+}
+
+// Where a chunk lies in shared memory: in the window, or in the whole line.
+TORUS_DEVICE int slot_of(const StretchWalk& walk, int chunk) {
+  const LinePlan& plan = walk.plan;
+  const int at = chunk + (plan.resident ? walk.own.position / kLineChunk : -walk.z * plan.chunks);
+  return at < 0 ? at + plan.chunks : at >= plan.chunks ? at - plan.chunks : at;
+}
+TORUS_DEVICE int next_slot(const StretchWalk& walk, int slot) { return slot + 1 == walk.plan.chunks ? 0 : slot + 1; }
+
+// bring(token, row0, rows) begins to bring up to 32 rows of the current stretch, of the tokens in its lanes, to row0
+// and on; two chunks a warp at a time. They are there on return for the warp's own part.
+template <class Bring>
+TORUS_DEVICE void stage_stretch(const Warp& warp, const StretchWalk& walk, Bring bring) {
+  const Schedule& schedule = walk.schedule;
+  const LinePlan& plan = walk.plan;
+  const Chunks window = plan.resident ? Chunks{0, plan.chunks - 1} : walk.window();
+  const int origin = plan.resident ? 0 : walk.own.position;
+  for (int chunk = window.first + 2 * warp.index(); chunk <= window.last; chunk += 2 * warp.count()) {
+    if (!walk.needs(chunk) && !walk.needs(chunk + 1)) continue;
+    const int position = origin + chunk * kLineChunk;
+    const auto token = [&](int row) {
+      const bool wraps = plan.closed && !plan.resident;
+      const int at = wraps ? schedule.by_loop.modulo(position + row) : position + row;
+      return schedule.line_token(walk.own.line, at);
+    };
+    bring(map(token, lane_index()), (chunk - (plan.resident ? 0 : walk.z * plan.chunks)) * kLineChunk,
+          chunk < window.last ? 2 * kLineChunk : kLineChunk);
+  }
+  warp.commit_copies();
+  warp.template wait_copies<0>();
+}
+
+// The backward's way over a line.
+struct LineSweep {
+  using Plan = LinePlan;
+  using Table = LineTable;
+  const Warp& warp;
+  const Operands& in;
+  const Plan& plan;
+  OwnRows own;
+
+  TORUS_DEVICE LineSweep(const Warp& warp, const Operands& in, const Plan& plan)
+      : warp(warp), in(in), plan(plan), own(in.schedule, warp) {}
+
+  // Whether the rows that a sweep has brought are those of every other one, too.
+  TORUS_DEVICE bool keeps_rows() const { return plan.resident; }
+
+  template <class Number>
+  TORUS_DEVICE void fill_table(const Shared<FloatPair>& pairs, int k, Number number) const {
+    fill_line_table(pairs, in, warp, plan.reach[k], k, number);
+  }
+
+  // visit(first, chunk, slots, hide) for one or two chunks at a time of what own rows see of the schedule's stream k:
+  // `first` of a table, chunks counted from the own one, and hide(scores) for keys that a table does not hide.
+  template <class Bring, class Visit>
+  TORUS_DEVICE void run(int k, bool brings, Bring bring, Visit visit) const {
+    StretchWalk walk(plan, in.schedule, own.place, k);
+    const Lane<int> first = first_place(walk.reach);
+    const int own_chunk = warp.index();
+    do {
+      if (brings) {
+        warp.barrier();
+        stage_stretch(warp, walk, bring);
+      }
+      warp.barrier();
+      for (int part = 0; own.any && part < 2; ++part) {
+        const Chunks seen = (part == 0 ? walk.reach.near : walk.reach.far).shifted(own_chunk).within(walk.window());
+        int chunk = seen.first, at = slot_of(walk, chunk);
+        while (chunk < seen.last) {
+          const int second = next_slot(walk, at);
+          visit(first, chunk - own_chunk, ChunkSlots<2>{{at, second}}, HidesNothing{});
+          chunk += 2, at = next_slot(walk, second);
+        }
+        if (chunk == seen.last) visit(first, chunk - own_chunk, ChunkSlots<1>{{at}}, HidesNothing{});
+      }
+    } while (walk.next());
+  }
+};
+
+}  // namespace torus::cuda

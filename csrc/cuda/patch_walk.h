@@ -1,0 +1,142 @@
+// A block's strips of patches in shared memory, and what its warps go through there.
+#pragma once
+
+#include "chunks.h"
+#include "cross_plan.h"
+
+namespace torus::cuda {
+
+// A place for every displacement of rows, kPatchTableRow places for one step, and of columns.
+using PatchTable = DisplacementTable<kPatchTableRow * kPatch / kChunkTiles>;
+
+// By the whole block, what `number` makes of squared distances; of -1 where one of the schedule's streams sees nothing.
+template <class Number>
+TORUS_DEVICE void fill_patch_table(const Shared<FloatPair>& pairs, const Operands& in, const Warp& warp,
+                                   const CrossPlan& plan, int stream, Number number) {
+  const Schedule& s = in.schedule;
+  const float* const squared = in.squared + s.table_size() * stream;
+  static_assert(kPatchTableRow <= kWarpLanes, "a lane for every column");
+  const Lane<int> b = (lane_index() - kMaxDisplacement) * plan.sign;
+  for (int row = warp.index(); row < kPatchTable / kPatchTableRow; row += warp.count()) {
+    const int a = (row - kMaxDisplacement) * plan.sign, place = (a - s.row_lo) * s.table_columns() - s.col_lo;
+    const bool exists = a >= s.row_lo && a <= s.row_hi;
+    const Lane<bool> there = b >= s.col_lo && b <= s.col_hi && exists;
+    const Lane<float> x = number(load(squared, cast<int64_t>(b + place), there, -1.0f));
+    const Lane<float> before = shuffle(x, (lane_index() + (kWarpLanes - 1)) % kWarpLanes);
+    const Lane<FloatPair> pair = map([](float low, float high) { return FloatPair{low, high}; }, x, before);
+    pairs.store(lane_index() + row * kPatchTableRow, pair, lane_index() < kPatchTableRow);
+  }
+}
+
+// Place of the first sum of a warp's own row of patches, of others so many columns away. Row r of a sum is site
+// (r / 4, r % 4) of the own patch, and column c the same of the others'.
+TORUS_DEVICE Lane<int> first_place(int column) {
+  const Lane<int> a = fragment_group() / kPatch - fragment_member() / 2 + kMaxDisplacement;
+  const Lane<int> b = fragment_group() % kPatch - fragment_member() % 2 * 2 + (kMaxDisplacement - column * kPatch);
+  return a * kPatchTableRow + b;
+}
+
+// A warp's own patch.
+struct OwnPatch {
+  int row, column;  // of the block's first patch
+  Lane<int> token[2];
+  bool any;
+
+  TORUS_DEVICE OwnPatch(const Schedule& schedule, const CrossPlan& plan, const Warp& warp)
+      : row(plan.first_row_of(warp.block_x())), column(plan.column_of(warp.block_x())) {
+    const auto token_of = [&](int site) {
+      const int u = (row + warp.index()) * kPatch + site / kPatch, v = column * kPatch + site % kPatch;
+      return u < schedule.num_tracks && v < schedule.track_length ? schedule.site(u, v) : kNoToken;
+    };
+    for (int half = 0; half < 2; ++half) token[half] = map(token_of, fragment_group() + 8 * half);
+    any = cuda::any(token[0] >= 0 || token[1] >= 0);
+  }
+};
+
+// bring(token, row0, rows) begins to bring up to 32 rows of a strip `column` columns away, of the tokens in its lanes,
+// to row0 and on; two patches a warp at a time. They are there on return for the warp's own part.
+template <class Bring>
+TORUS_DEVICE void stage_strip(const Warp& warp, const Schedule& schedule, const OwnPatch& own, int column,
+                              const Chunks& strip, Bring bring) {
+  for (int row = strip.first + 2 * warp.index(); row <= strip.last; row += 2 * warp.count()) {
+    const auto token = [&](int site) {
+      return schedule.site((own.row + row) * kPatch + site / kPatch, (own.column + column) * kPatch + site % kPatch);
+    };
+    bring(map(token, lane_index()), (row - strip.first) * kChunkRows, row < strip.last ? 2 * kChunkRows : kChunkRows);
+  }
+  warp.commit_copies();
+  warp.template wait_copies<0>();
+}
+
+// In time, patches in a row of the block before this one have keys before token 0.
+TORUS_DEVICE int first_whole_row(const CrossPlan& plan, const OwnPatch& own, int column) {
+  return plan.first_whole_row(own.column + column) - own.row;
+}
+
+// Makes scores of keys before token 0 -inf, once they are scaled.
+struct HidesBeforeTime {
+  int first;  // token of the patch's first site
+  int n_minor;
+  float scale2;
+
+  TORUS_DEVICE HidesBeforeTime(const Operands& in, const OwnPatch& own, int row, int column)
+      : first((own.row + row) * kPatch * in.schedule.n_minor + (own.column + column) * kPatch),
+        n_minor(in.schedule.n_minor), scale2(in.scale2) {}
+
+  TORUS_DEVICE void operator()(Sum (&scores)[kChunkTiles]) const {
+    const float hidden = scale2 < 0.0f ? -kNegativeInfinity : kNegativeInfinity;
+    TORUS_UNROLL
+    for (int t = 0; t < kChunkTiles; ++t)
+      TORUS_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const Lane<int> key = fragment_member() * 2 + (t * kColumns + i % 2);
+        const Lane<int> token = (key / kPatch) * n_minor + key % kPatch + first;
+        scores[t].value[i] = select(token >= 0, scores[t].value[i], hidden);
+      }
+  }
+};
+
+// The backward's way over the patches.
+struct PatchSweep {
+  using Plan = CrossPlan;
+  using Table = PatchTable;
+  const Warp& warp;
+  const Operands& in;
+  const Plan& plan;
+  OwnPatch own;
+
+  TORUS_DEVICE PatchSweep(const Warp& warp, const Operands& in, const Plan& plan)
+      : warp(warp), in(in), plan(plan), own(in.schedule, plan, warp) {}
+
+  TORUS_DEVICE bool keeps_rows() const { return false; }
+
+  template <class Number>
+  TORUS_DEVICE void fill_table(const Shared<FloatPair>& pairs, int k, Number number) const {
+    fill_patch_table(pairs, in, warp, plan, k, number);
+  }
+
+  // As LineSweep's; rows of patches are what is counted from the own one.
+  template <class Bring, class Visit>
+  TORUS_DEVICE void run(int k, bool, Bring bring, Visit visit) const {
+    for (int column = 0; column <= kMaxPatchReach; column = CrossPlan::next_column(column)) {
+      const Chunks strip = plan.strip(k, own.row, column);
+      if (strip.empty()) continue;
+      warp.barrier();
+      stage_strip(warp, in.schedule, own, column, strip, bring);
+      warp.barrier();
+      if (!own.any) continue;
+      const Lane<int> first = first_place(column);
+      const int own_row = warp.index();
+      const Chunks seen = plan.reach[k].rows.shifted(own_row).within(strip);
+      int row = seen.first;
+      if (plan.in_time && !in.schedule.mirrored)
+        for (; row <= seen.last && row < first_whole_row(plan, own, column); ++row)
+          visit(first, row - own_row, ChunkSlots<1>{{row - strip.first}}, HidesBeforeTime(in, own, row, column));
+      for (; row < seen.last; row += 2)
+        visit(first, row - own_row, ChunkSlots<2>{{row - strip.first, row + 1 - strip.first}}, HidesNothing{});
+      if (row == seen.last) visit(first, row - own_row, ChunkSlots<1>{{row - strip.first}}, HidesNothing{});
+    }
+  }
+};
+
+}  // namespace torus::cuda
