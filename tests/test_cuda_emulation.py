@@ -24,7 +24,7 @@ SELECTED = {
     "test_decode.py": "every_step and (2x2 or 7x3) or groups_and_gates or test_subsets and (0-3-5 or 4-6) "
                       "or negative or beyond",
     "test_cuda_backend.py": "cuda",
-    "test_cuda_forward.py": "cuda",
+    "test_cuda_attention.py": "cuda",
     "test_properties.py": "statistics",
 }
 

@@ -16,35 +16,22 @@ void launch_chunks(const ChunkBackwardArguments<typename Kernel::Plan>& argument
   launch<Kernel>({blocks, heads}, warps, Kernel::shared_bytes(arguments.plan), device, arguments);
 }
 
-template <template <class, int, int> class Kernel, class E, int D>
-void launch_general(const BackwardArguments& arguments, int64_t heads, const Device& device) {
-  const Schedule& schedule = arguments.in.schedule;
-  const auto run = [&](auto kernel) {
-    using K = decltype(kernel);
-    launch<K>({schedule.num_blocks, heads}, schedule.warps, K::shared_bytes(schedule.warps), device, arguments);
-  };
-  if (schedule.num_streams == 2) {
-    run(Kernel<E, D, 2>{});
-  } else {
-    run(Kernel<E, D, 1>{});
-  }
-}
-
 // One family of lines, or the cross flows, by queries or by keys, with the kernel that is for it.
-template <template <class, int, class> class ByChunks, template <class, int, int> class General, class E, int D>
+template <template <class, int, class> class ByChunks, template <class, int> class General, class E, int D>
 void launch_family(const BackwardArguments& arguments, const Lattice& lattice, int64_t heads, const Device& device) {
   const Schedule& schedule = arguments.in.schedule;
-  if (arguments.in.first_key == nullptr && schedule.is_cross) {
+  if (schedule.is_cross) {
     const CrossPlan plan = cross_plan(lattice, schedule, schedule.seq_len);
     if (plan.fits)
       return launch_chunks<ByChunks<E, D, PatchSweep>>({arguments, plan}, plan.num_blocks, plan.warps, heads, device);
-  } else if (arguments.in.first_key == nullptr) {
+  } else {
     using Kernel = ByChunks<E, D, LineSweep>;
     const LinePlan plan = line_plan(lattice, schedule, schedule.seq_len, Kernel::kChunkBytes);
     if (plan.fits)
       return launch_chunks<Kernel>({arguments, plan}, schedule.num_blocks, schedule.warps, heads, device);
   }
-  launch_general<General, E, D>(arguments, heads, device);
+  using Kernel = General<E, general_dim(D)>;
+  launch<Kernel>({schedule.num_blocks, heads}, schedule.warps, Kernel::shared_bytes(schedule.warps), device, arguments);
 }
 
 }  // namespace

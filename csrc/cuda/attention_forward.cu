@@ -9,12 +9,6 @@ namespace torus::cuda {
 namespace {
 
 template <class Kernel>
-void launch_general(const ForwardArguments& arguments, int64_t heads, const Device& device) {
-  const Schedule& schedule = arguments.in.schedule;
-  launch<Kernel>({schedule.num_blocks, heads}, schedule.warps, Kernel::shared_bytes(schedule.warps), device, arguments);
-}
-
-template <class Kernel>
 void launch_cross(const CrossForwardArguments& arguments, int64_t heads, const Device& device) {
   launch<Kernel>({arguments.plan.num_blocks, heads}, arguments.plan.warps, Kernel::kSharedBytes, device, arguments);
 }
@@ -31,7 +25,7 @@ void launch_family(const ForwardArguments& arguments, const Lattice& lattice, in
   const Schedule& schedule = arguments.in.schedule;
   // What a query gets is to the bit the same in pairs and without.
   const bool in_pairs = arguments.entropy == nullptr && arguments.in.first_key == nullptr;
-  if (schedule.is_cross && arguments.in.first_key == nullptr) {
+  if (schedule.is_cross) {
     const CrossForwardArguments cross{arguments, cross_plan(lattice, schedule, schedule.seq_len)};
     if (cross.plan.fits) {
       if (in_pairs) {
@@ -54,11 +48,8 @@ void launch_family(const ForwardArguments& arguments, const Lattice& lattice, in
       return;
     }
   }
-  if (schedule.num_streams == 2) {
-    launch_general<ForwardKernel<E, D, 2>>(arguments, heads, device);
-  } else {
-    launch_general<ForwardKernel<E, D, 1>>(arguments, heads, device);
-  }
+  using Kernel = ForwardKernel<E, general_dim(D)>;
+  launch<Kernel>({schedule.num_blocks, heads}, schedule.warps, Kernel::shared_bytes(schedule.warps), device, arguments);
 }
 
 }  // namespace

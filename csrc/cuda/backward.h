@@ -37,42 +37,45 @@ TORUS_DEVICE Lane<float> load_lse2(const BackwardArguments& arguments, const Hea
   return load(arguments.lse, row * int64_t{kNumStreams} + static_cast<int64_t>(stream), token >= 0, 0.0f) * kLog2e;
 }
 
-// What sixteen queries have of one stream, in a lane's two rows: sums over the lane's columns, until they are finished.
+// What sixteen queries have of one stream, in a lane's two rows: first the sums of which delta is made, then what the
+// score gradients take.
 struct QuerySums {
   Lane<float> lse2[2];
-  Lane<float> total[2], delta[2];  // sum P_s, which lse's rounding leaves off 1, and sum P_s dP
-  Lane<float> gate[2];             // alpha g_s over the total
-  Lane<float> decay[2];            // sum rho^2 dS_s
+  Lane<float> total[2], products[2];    // sum P_s, which lse's rounding leaves off 1, and sum P_s dP
+  Lane<float> gate[2], gated_delta[2];  // alpha g_s over the total, and times delta
+  Lane<float> decay[2];                 // sum rho^2 dS_s
 
   TORUS_DEVICE void begin(const BackwardArguments& arguments, const Head& head, const Lane<int> (&token)[2],
                           int stream) {
     TORUS_UNROLL
     for (int half = 0; half < 2; ++half) {
       lse2[half] = load_lse2(arguments, head, token[half], stream);
-      total[half] = delta[half] = decay[half] = 0.0f;
+      total[half] = products[half] = decay[half] = 0.0f;
     }
   }
-  // Delta and the gate, of all columns.
-  TORUS_DEVICE void finish_delta(const Operands& in, const Head& head, const Lane<int> (&token)[2], int stream) {
+  // Delta and the gate: for the score gradients, and for the kernels to come.
+  TORUS_DEVICE void finish_delta(const BackwardArguments& arguments, const Head& head, const Lane<int> (&token)[2],
+                                 int stream) {
+    const Operands& in = arguments.in;
     TORUS_UNROLL
     for (int half = 0; half < 2; ++half) {
       const Lane<float> alpha =
           in.alpha.data != nullptr ? load_parameter(in.alpha, head, token[half], 0) : Lane<float>(1.0f);
-      const Lane<float> sum = quad_sum(total[half]);
-      delta[half] = quad_sum(delta[half]) / sum;
+      const Lane<float> sum = quad_sum(total[half]), delta = quad_sum(products[half]) / sum;
       gate[half] = load_parameter(in.weights, head, token[half], stream) * alpha / sum;
+      gated_delta[half] = gate[half] * delta;
+      const Lane<int64_t> at = RowSums::at(in, head, token[half], stream);
+      const Lane<bool> where = token[half] >= 0 && fragment_member() == 0;
+      store(arguments.rows.delta, at, delta, where);
+      store(arguments.rows.gate, at, gate[half], where);
     }
   }
-  TORUS_DEVICE void write(const RowSums& rows, const Operands& in, const Head& head, const Lane<int> (&token)[2],
-                          int stream) const {
+  TORUS_DEVICE void finish_decay(const BackwardArguments& arguments, const Head& head, const Lane<int> (&token)[2],
+                                 int stream) const {
     TORUS_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const Lane<bool> where = token[half] >= 0 && fragment_member() == 0;
-      const Lane<int64_t> at = RowSums::at(in, head, token[half], stream);
-      store(rows.delta, at, delta[half], where);
-      store(rows.gate, at, gate[half], where);
-      store(rows.decay, at, quad_sum(decay[half]), where);
-    }
+    for (int half = 0; half < 2; ++half)
+      store(arguments.rows.decay, RowSums::at(arguments.in, head, token[half], stream), quad_sum(decay[half]),
+            token[half] >= 0 && fragment_member() == 0);
   }
 };
 

@@ -7,7 +7,7 @@
 
 namespace torus::cuda {
 
-template <class E, int D, int kStreams>
+template <class E, int D>
 struct KeyGradientsKernel {
   using Arguments = BackwardArguments;
   static constexpr const char* kName = "attention_backward_keys";
@@ -15,11 +15,11 @@ struct KeyGradientsKernel {
   static constexpr int kTileBytes = Tile<E, D>::bytes(kOtherRows);
   static constexpr int kOwnBytes = Tile<E, D>::bytes(kOwnRows);
   enum RowNumber { kLse, kGate, kDelta, kRowNumbers };
-  static constexpr int kNumbers = kStreams * kRowNumbers * kOtherRows;
+  static constexpr int kNumbers = kMaxStreams * kRowNumbers * kOtherRows;
   static constexpr int kOldestAt = 2 * kTileBytes;
   static constexpr int kNumbersAt = kOldestAt + kOtherRows * static_cast<int>(sizeof(int));
   static constexpr int kBufferBytes = kNumbersAt + kNumbers * static_cast<int>(sizeof(float));
-  using WarpSlices = Slices<kStreams, false>;
+  using WarpSlices = Slices<false>;
   static constexpr int kSliceBytes = WarpSlices::kFloats * static_cast<int>(sizeof(float));
   static constexpr bool kHeld = D <= 32;
 
@@ -61,8 +61,8 @@ struct KeyGradientsKernel {
     zero_sums(d_v);
     for (int member = 0; member < in.heads.group(); ++member) {
       const Head head = member_head(in, local, member);
-      float slope[kStreams];
-      for (int k = 0; k < kStreams; ++k) slope[k] = bias_slope(in, head, schedule.stream[k]);
+      float slope[kMaxStreams];
+      for (int k = 0; k < kMaxStreams; ++k) slope[k] = bias_slope(in, head, schedule.stream[k]);
       for_each_tile(
           warp, schedule, own.place,
           [&](const OtherPlace& other, int buffer) {
@@ -84,7 +84,7 @@ struct KeyGradientsKernel {
               zero_sums(mixed);
               zero_sums(d_scores);
               TORUS_UNROLL
-              for (int k = 0; k < kStreams; ++k)
+              for (int k = 0; k < kMaxStreams; ++k)
                 if (slices.seen[k])
                   add_stream(k, slices, numbers(buffer), row0, in.scale2, scores, d_probs, mixed, d_scores);
               multiply_depth<E, D>(d_v, left_of<E>(mixed[0], mixed[1]), tile(buffer, 1), row0);
@@ -108,7 +108,7 @@ struct KeyGradientsKernel {
                                          const Shared<float>& numbers) {
     const Operands& in = arguments.in;
     if (warp.index() == 0) oldest.store(lane_index(), oldest_key(in, head.batch, token), true);
-    for (int item = warp.index(); item < kStreams * kRowNumbers; item += in.schedule.warps) {
+    for (int item = warp.index(); item < in.schedule.num_streams * kRowNumbers; item += in.schedule.warps) {
       const int stream = in.schedule.stream[item / kRowNumbers], number = item % kRowNumbers;
       const float* const sums = number == kGate ? arguments.rows.gate : arguments.rows.delta;
       const Lane<float> x = number == kLse ? load_lse2(arguments, head, token, stream)

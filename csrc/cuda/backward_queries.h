@@ -6,7 +6,7 @@
 
 namespace torus::cuda {
 
-template <class E, int D, int kStreams>
+template <class E, int D>
 struct QueryGradientsKernel {
   using Arguments = BackwardArguments;
   static constexpr const char* kName = "attention_backward_queries";
@@ -14,7 +14,7 @@ struct QueryGradientsKernel {
   static constexpr int kTileBytes = Tile<E, D>::bytes(kOtherRows);
   static constexpr int kOwnBytes = Tile<E, D>::bytes(kOwnRows);
   static constexpr int kBufferBytes = 2 * kTileBytes + kOtherRows * static_cast<int>(sizeof(int));
-  using WarpSlices = Slices<kStreams, true>;
+  using WarpSlices = Slices<true>;
   static constexpr int kSliceBytes = WarpSlices::kFloats * static_cast<int>(sizeof(float));
   static constexpr bool kHeld = D <= 64;
 
@@ -52,10 +52,10 @@ struct QueryGradientsKernel {
 
     Lane<int> oldest[2];
     for (int half = 0; half < 2; ++half) oldest[half] = oldest_key(in, head.batch, own.token[half]);
-    float slope[kStreams];
-    QuerySums sums[kStreams];
+    float slope[kMaxStreams];
+    QuerySums sums[kMaxStreams];
     TORUS_UNROLL
-    for (int k = 0; k < kStreams; ++k) {
+    for (int k = 0; k < kMaxStreams; ++k) {
       slope[k] = bias_slope(in, head, schedule.stream[k]);
       sums[k].begin(arguments, head, own.token, schedule.stream[k]);
     }
@@ -83,7 +83,7 @@ struct QueryGradientsKernel {
 
     sweep([&](int, int row0, const Chunk& scores, const Chunk& d_probs) {
       TORUS_UNROLL
-      for (int k = 0; k < kStreams; ++k) {
+      for (int k = 0; k < kMaxStreams; ++k) {
         if (!slices.seen[k]) continue;
         const Diagonals<kChunkTiles> bias(slices.bias(k), row0 / kColumns);
         TORUS_UNROLL
@@ -94,13 +94,14 @@ struct QueryGradientsKernel {
             const Lane<float> x = scores[t].value[i] * in.scale2 + bias.at(t, half, i % 2);
             const Lane<float> p = exp2_of(x - sums[k].lse2[half]);
             sums[k].total[half] = sums[k].total[half] + p;
-            sums[k].delta[half] = sums[k].delta[half] + p * d_probs[t].value[i];
+            sums[k].products[half] = sums[k].products[half] + p * d_probs[t].value[i];
           }
       }
     });
 
     TORUS_UNROLL
-    for (int k = 0; k < kStreams; ++k) sums[k].finish_delta(in, head, own.token, schedule.stream[k]);
+    for (int k = 0; k < kMaxStreams; ++k)
+      if (k < schedule.num_streams) sums[k].finish_delta(arguments, head, own.token, schedule.stream[k]);
 
     Sum d_q[D / kColumns];
     zero_sums(d_q);
@@ -108,7 +109,7 @@ struct QueryGradientsKernel {
       Chunk d_scores;
       zero_sums(d_scores);
       TORUS_UNROLL
-      for (int k = 0; k < kStreams; ++k) {
+      for (int k = 0; k < kMaxStreams; ++k) {
         if (!slices.seen[k]) continue;
         const Diagonals<kChunkTiles> bias(slices.bias(k), row0 / kColumns), squared(slices.squared(k), row0 / kColumns);
         TORUS_UNROLL
@@ -118,7 +119,7 @@ struct QueryGradientsKernel {
             const int half = i / 2;
             const Lane<float> x = scores[t].value[i] * in.scale2 + bias.at(t, half, i % 2);
             const Lane<float> p = exp2_of(x - sums[k].lse2[half]);
-            const Lane<float> d_score = p * sums[k].gate[half] * (d_probs[t].value[i] - sums[k].delta[half]);
+            const Lane<float> d_score = p * (sums[k].gate[half] * d_probs[t].value[i] - sums[k].gated_delta[half]);
             d_scores[t].value[i] = d_scores[t].value[i] + d_score;
             sums[k].decay[half] = sums[k].decay[half] + squared.at(t, half, i % 2) * d_score;
           }
@@ -127,7 +128,8 @@ struct QueryGradientsKernel {
     });
 
     TORUS_UNROLL
-    for (int k = 0; k < kStreams; ++k) sums[k].write(arguments.rows, in, head, own.token, schedule.stream[k]);
+    for (int k = 0; k < kMaxStreams; ++k)
+      if (k < schedule.num_streams) sums[k].finish_decay(arguments, head, own.token, schedule.stream[k]);
     write_gradient<E, D>(in, arguments.d_q + head.local * in.tokens(),
                          rows_of<E>(arguments.d_q_out, head.batch, head.query), arguments.d_q_out.token, own.token,
                          d_q, in.scale);

@@ -43,7 +43,7 @@ struct QueryGradients : QuerySums {
         TORUS_UNROLL
         for (int i = 0; i < 4; ++i) {
           total[i / 2] = total[i / 2] + probs[t].value[i];
-          delta[i / 2] = delta[i / 2] + probs[t].value[i] * d_probs[t].value[i];
+          products[i / 2] = products[i / 2] + probs[t].value[i] * d_probs[t].value[i];
         }
     });
   }
@@ -60,7 +60,7 @@ struct QueryGradients : QuerySums {
         TORUS_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int half = i / 2;
-          d_scores[t].value[i] = probs[t].value[i] * gate[half] * (d_probs[t].value[i] - delta[half]);
+          d_scores[t].value[i] = probs[t].value[i] * (gate[half] * d_probs[t].value[i] - gated_delta[half]);
           decay[half] = decay[half] + distances.at(c * kChunkTiles + t, half, i % 2) * d_scores[t].value[i];
         }
       multiply_gradients<E, D>(d_q, d_scores, keys, slots.at[c] * kChunkRows);
@@ -94,7 +94,8 @@ struct QueryGradients : QuerySums {
 
 // What a stream of a query is to its keys; of no weight where there is no query.
 struct alignas(16) QueryNumbers {
-  float lse2, gate, delta, unused;
+  float lse2, gate, delta;
+  int oldest;  // key that it sees
 };
 
 // Sums of sixteen keys beside chunks of queries.
@@ -115,8 +116,14 @@ struct KeyGradients {
     zero_sums(d_v);
   }
 
-  template <int kChunks, class Table>
-  TORUS_DEVICE void add(const Table& table, int chunk, const ChunkSlots<kChunks>& slots) {
+  // hide(scores, row0): of queries from row0 on, those that do not see the keys.
+  template <int kChunks, class Table, class Hide>
+  TORUS_DEVICE void add(const Table& table, int chunk, const ChunkSlots<kChunks>& slots, Hide hide) {
+    if constexpr (kChunks == 2 && D > 64) {
+      for (int c = 0; c < kChunks; ++c)
+        add(table, chunk + c, ChunkSlots<1>{{c == 0 ? slots.at[0] : slots.at[1]}}, hide);
+      return;
+    }
     const ChunkNumbers<kChunks * kChunkTiles> biases(table, chunk);
     TORUS_UNROLL
     for (int c = 0; c < kChunks; ++c) {
@@ -124,6 +131,7 @@ struct KeyGradients {
       Sum mixed[kChunkTiles], d_scores[kChunkTiles];
       multiply_rows(mixed, key, queries, row0);
       multiply_rows(d_scores, value, d_out, row0);
+      hide(mixed, row0);
       TORUS_UNROLL
       for (int t = 0; t < kChunkTiles; ++t)
         TORUS_UNROLL
@@ -191,15 +199,15 @@ struct ChunkQueryGradientsKernel {
       warp.barrier();
       sweep.fill_table(biases, k, Bias{bias_slope(in, head, stream)});
       sweep.fill_table(squared, k, SquaredDistance{});
-      sweep.run(k, k == 0 || !sweep.keeps_rows(), bring,
+      sweep.run(k, head, k == 0 || !sweep.keeps_rows(), bring,
                 [&](const Lane<int>& first, int chunk, const auto& slots, auto hide) {
                   sums.add_delta(Table{biases, first}, chunk, slots, hide);
                 });
-      sums.finish_delta(in, head, token, stream);
-      sweep.run(k, !sweep.keeps_rows(), bring, [&](const Lane<int>& first, int chunk, const auto& slots, auto hide) {
+      sums.finish_delta(backward, head, token, stream);
+      sweep.run(k, head, !sweep.keeps_rows(), bring, [&](const Lane<int>& first, int chunk, const auto& slots, auto hide) {
         sums.add_gradients(Table{biases, first}, Table{squared, first}, chunk, slots, hide);
       });
-      sums.write(backward.rows, in, head, token, stream);
+      sums.finish_decay(backward, head, token, stream);
     }
     write_gradient<E, D>(in, backward.d_q + head.local * in.tokens(),
                          rows_of<E>(backward.d_q_out, head.batch, head.query), backward.d_q_out.token, token, sums.d_q,
@@ -218,9 +226,15 @@ struct ChunkKeyGradientsKernel {
   static constexpr int kNumberBytes = static_cast<int>(sizeof(QueryNumbers));
   static constexpr int kChunkBytes = 2 * Rows::bytes(kChunkRows) + kChunkRows * kNumberBytes;
 
-  static TORUS_INLINE constexpr int shared_bytes(const Plan& plan) {
+  static constexpr bool kHeld = D <= 64;  // own rows in registers, of which two gradients of 128 channels take most
+  static constexpr int kOwnBytes = kHeld ? 0 : Tile<E, D>::bytes(kOwnRows);
+
+  static TORUS_INLINE constexpr int rows_bytes(const Plan& plan) {
     return 2 * Rows::bytes(plan.rows()) + plan.rows() * kNumberBytes +
            plan.table_size * static_cast<int>(sizeof(FloatPair));
+  }
+  static TORUS_INLINE constexpr int shared_bytes(const Plan& plan) {
+    return rows_bytes(plan) + 2 * kMaxWarps * kOwnBytes;
   }
 
   static TORUS_DEVICE void run(const Warp& warp, const Arguments& arguments) {
@@ -238,48 +252,84 @@ struct ChunkKeyGradientsKernel {
     const auto numbers = warp.template shared<QueryNumbers>(2 * bytes, plan.rows());
     const auto biases = warp.template shared<FloatPair>(table_at, plan.table_size);
 
-    const RowFragments<E, D> key(in, rows_of<const E>(in.k, first_head.batch, first_head.key_value), in.k.token, token);
-    const RowFragments<E, D> value(in, rows_of<const E>(in.v, first_head.batch, first_head.key_value), in.v.token,
-                                   token);
-    KeyGradients<E, D, RowFragments<E, D>> sums(key, value, queries, d_out, numbers, in.scale2);
-    for (int member = 0; member < in.heads.group(); ++member) {
-      const Head head = member_head(in, local, member);
-      for (int k = 0; k < in.schedule.num_streams; ++k) {
-        const int stream = in.schedule.stream[k];
-        warp.barrier();
-        sweep.fill_table(biases, k, Bias{bias_slope(in, head, stream)});
-        const bool brings_rows = k == 0 || !sweep.keeps_rows();
-        const auto bring = [&](const Lane<int>& others, int row0, int rows) {
-          if (brings_rows)
-            copy_rows<2 * kChunkRows, 2, Rows>(in, others,
-                                               {rows_of<const E>(in.q, head.batch, head.query),
-                                                rows_of<const E>(in.d_out, head.batch, head.query)},
-                                               {in.q.token, in.d_out.token}, {queries, d_out}, lane_index(),
-                                               kWarpLanes, row0, rows);
-          bring_numbers(backward, head, stream, others, numbers, row0, rows);
-        };
-        sweep.run(k, true, bring, [&](const Lane<int>& first, int chunk, const auto& slots, auto) {
-          sums.add(Table{biases, first}, chunk, slots);
-        });
+    const E* const own_rows[2] = {rows_of<const E>(in.k, first_head.batch, first_head.key_value),
+                                  rows_of<const E>(in.v, first_head.batch, first_head.key_value)};
+    const auto add_all = [&](const auto& key, const auto& value) {
+      KeyGradients<E, D, std::decay_t<decltype(key)>> sums(key, value, queries, d_out, numbers, in.scale2);
+      for (int member = 0; member < in.heads.group(); ++member) {
+        const Head head = member_head(in, local, member);
+        for (int k = 0; k < in.schedule.num_streams; ++k) {
+          const int stream = in.schedule.stream[k];
+          warp.barrier();
+          sweep.fill_table(biases, k, Bias{bias_slope(in, head, stream)});
+          const bool brings_rows = k == 0 || !sweep.keeps_rows();
+          const auto bring = [&](const Lane<int>& others, int row0, int rows) {
+            if (brings_rows)
+              copy_rows<2 * kChunkRows, 2, Rows>(in, others,
+                                                 {rows_of<const E>(in.q, head.batch, head.query),
+                                                  rows_of<const E>(in.d_out, head.batch, head.query)},
+                                                 {in.q.token, in.d_out.token}, {queries, d_out}, lane_index(),
+                                                 kWarpLanes, row0, rows);
+            bring_numbers(backward, head, stream, others, numbers, row0, rows);
+          };
+          sweep.run(k, head, true, bring, [&](const Lane<int>& first, int chunk, const auto& slots, auto) {
+            sums.add(Table{biases, first}, chunk, slots, [&](Sum (&scores)[kChunkTiles], int row0) {
+              if (in.first_key != nullptr) hide_younger(scores, in.scale2, token, numbers, row0);
+            });
+          });
+        }
       }
+      write_gradient<E, D>(in, backward.d_k + local * in.tokens(),
+                           rows_of<E>(backward.d_k_out, first_head.batch, first_head.key_value), backward.d_k_out.token,
+                           token, sums.d_k, in.scale);
+      write_gradient<E, D>(in, backward.d_v + local * in.tokens(),
+                           rows_of<E>(backward.d_v_out, first_head.batch, first_head.key_value), backward.d_v_out.token,
+                           token, sums.d_v, 1.0f);
+    };
+    if constexpr (kHeld) {
+      add_all(RowFragments<E, D>(in, own_rows[0], in.k.token, token),
+              RowFragments<E, D>(in, own_rows[1], in.v.token, token));
+    } else {
+      const int key_at = rows_bytes(plan) + 2 * warp.index() * kOwnBytes;
+      const OwnFragments<E, D, false> key{{warp.template shared<E>(key_at, kOwnRows * D)}, {}};
+      const OwnFragments<E, D, false> value{{warp.template shared<E>(key_at + kOwnBytes, kOwnRows * D)}, {}};
+      copy_rows<kOwnRows, 2, Tile<E, D>>(in, tokens_by_lane(token), own_rows, {in.k.token, in.v.token},
+                                         {key.tile, value.tile}, lane_index(), kWarpLanes);
+      warp.commit_copies();
+      warp.template wait_copies<0>();
+      warp.sync();
+      add_all(key, value);
     }
-    write_gradient<E, D>(in, backward.d_k + local * in.tokens(),
-                         rows_of<E>(backward.d_k_out, first_head.batch, first_head.key_value), backward.d_k_out.token,
-                         token, sums.d_k, in.scale);
-    write_gradient<E, D>(in, backward.d_v + local * in.tokens(),
-                         rows_of<E>(backward.d_v_out, first_head.batch, first_head.key_value), backward.d_v_out.token,
-                         token, sums.d_v, 1.0f);
   }
 
  private:
+  // Makes scores of queries -inf, once they are scaled, that first_key hides the keys from.
+  static TORUS_DEVICE void hide_younger(Sum (&scores)[kChunkTiles], float scale2, const Lane<int> (&key)[2],
+                                        const Shared<QueryNumbers>& numbers, int row0) {
+    const float hidden = scale2 < 0.0f ? -kNegativeInfinity : kNegativeInfinity;
+    TORUS_UNROLL
+    for (int t = 0; t < kChunkTiles; ++t)
+      TORUS_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const auto of_query = numbers.load(fragment_member() * 2 + (row0 + t * kColumns + i));
+        const Lane<int> oldest = map([](QueryNumbers x) { return x.oldest; }, of_query);
+        TORUS_UNROLL
+        for (int half = 0; half < 2; ++half)
+          scores[t].value[2 * half + i] = select(key[half] >= oldest, scores[t].value[2 * half + i], hidden);
+      }
+  }
+
   static TORUS_DEVICE void bring_numbers(const BackwardArguments& backward, const Head& head, int stream,
                                          const Lane<int>& token, const Shared<QueryNumbers>& numbers, int row0,
                                          int rows) {
     const Lane<int64_t> at = RowSums::at(backward.in, head, token, stream);
-    const auto together = [](float lse2, float gate, float delta) { return QueryNumbers{lse2, gate, delta, 0.0f}; };
+    const auto together = [](float lse2, float gate, float delta, int oldest) {
+      return QueryNumbers{lse2, gate, delta, oldest};
+    };
     const Lane<QueryNumbers> of_query = map(together, load_lse2(backward, head, token, stream),
                                             load(backward.rows.gate, at, token >= 0, 0.0f),
-                                            load(backward.rows.delta, at, token >= 0, 0.0f));
+                                            load(backward.rows.delta, at, token >= 0, 0.0f),
+                                            oldest_key(backward.in, head.batch, token));
     numbers.store(lane_index() + row0, of_query, lane_index() < rows);
   }
 };

@@ -39,7 +39,20 @@ struct ChunkSlots {
   int at[kChunks];
 };
 
-// Of scores that are not yet scaled.
+// Makes scores of keys -inf, once they are scaled, that are older than the oldest one that their query sees;
+// token_of(column) of a chunk's keys.
+template <class TokenOf>
+TORUS_DEVICE void hide_older(Sum (&scores)[kChunkTiles], float scale2, const Lane<int> (&oldest)[2], TokenOf token_of) {
+  const float hidden = scale2 < 0.0f ? -kNegativeInfinity : kNegativeInfinity;
+  TORUS_UNROLL
+  for (int t = 0; t < kChunkTiles; ++t)
+    TORUS_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const Lane<int> key = token_of(fragment_member() * 2 + (t * kColumns + i % 2));
+      scores[t].value[i] = select(key >= oldest[i / 2], scores[t].value[i], hidden);
+    }
+}
+
 struct HidesNothing {
   TORUS_DEVICE void operator()(Sum (&)[kChunkTiles]) const {}
 };

@@ -1,7 +1,7 @@
 // Forward of the cross flows: y += sum_s g_s O_s for a patch of 4 x 4 queries a warp, both flows from the same strips
 // of keys and values in shared memory.
 //
-// kInPairs: as for lines; not where entropy is asked for.
+// kInPairs: as for lines.
 #pragma once
 
 #include "chunk_softmax.h"
@@ -59,7 +59,7 @@ struct CrossForwardKernel {
       const auto visit_stream = [&](int k, ChunkSoftmax<E, D>& softmax) {
         const Chunks seen = plan.reach[k].rows.shifted(warp.index()).within(strip);
         if (plan.reach[k].columns.has(column))
-          visit(warp, in, plan, own, column, seen, strip.first, {pairs_of(k), first_place(column)}, softmax);
+          visit(warp, in, head.batch, plan, own, column, seen, strip.first, {pairs_of(k), first_place(column)}, softmax);
       };
       visit_stream(0, first);
       visit_stream(1, second);
@@ -80,15 +80,18 @@ struct CrossForwardKernel {
 
  private:
   // Adds rows `seen` of a strip, which has `top` in its first place, to one flow.
-  static TORUS_DEVICE void visit(const Warp& warp, const Operands& in, const CrossPlan& plan, const OwnPatch& own,
-                                 int column, const Chunks& seen, int top, const PatchTable& table,
+  static TORUS_DEVICE void visit(const Warp& warp, const Operands& in, int64_t batch, const CrossPlan& plan,
+                                 const OwnPatch& own, int column, const Chunks& seen, int top, const PatchTable& table,
                                  ChunkSoftmax<E, D>& softmax) {
     const int own_row = warp.index();
-    const int whole = plan.in_time ? first_whole_row(plan, own, column) : seen.first;
+    const int whole = plan.in_time ? first_whole_row(in, plan, own, column) : seen.first;
     const auto add = [&](int row) {
-      const HidesBeforeTime hide(in, own, row, column);
       softmax.add_chunk(table, row - own_row, row - top, !kInPairs, [&](Sum (&scores)[kChunkTiles]) {
-        if (row < whole) hide(scores);
+        if (row >= whole) return;
+        Lane<int> oldest[2] = {0, 0};
+        if constexpr (!kInPairs)
+          for (int half = 0; half < 2; ++half) oldest[half] = oldest_key(in, batch, own.token[half]);
+        hide_in_patch(scores, in, own, row, column, oldest);
       });
     };
     const bool in_own_column = column == 0;

@@ -61,7 +61,7 @@ struct StreamState : SoftmaxSums {
   }
 };
 
-template <class E, int D, int kStreams>
+template <class E, int D>
 struct ForwardKernel {
   using Arguments = ForwardArguments;
   static constexpr const char* kName = "attention_forward";
@@ -69,7 +69,7 @@ struct ForwardKernel {
   static constexpr int kTileBytes = Tile<E, D>::bytes(kOtherRows);
   static constexpr int kBufferBytes = 2 * kTileBytes + kOtherRows * static_cast<int>(sizeof(int));
   static constexpr int kOwnBytes = Tile<E, D>::bytes(kOwnRows);
-  using WarpSlices = Slices<kStreams, false>;
+  using WarpSlices = Slices<false>;
   static constexpr int kSliceBytes = WarpSlices::kFloats * static_cast<int>(sizeof(float));
   static constexpr bool kHeld = D <= 64;
 
@@ -100,10 +100,10 @@ struct ForwardKernel {
     query.load();
     Lane<int> oldest[2];
     for (int half = 0; half < 2; ++half) oldest[half] = oldest_key(in, head.batch, own.token[half]);
-    float slope[kStreams];
-    for (int k = 0; k < kStreams; ++k) slope[k] = bias_slope(in, head, schedule.stream[k]);
+    float slope[kMaxStreams];
+    for (int k = 0; k < kMaxStreams; ++k) slope[k] = bias_slope(in, head, schedule.stream[k]);
 
-    StreamState<E, D> streams[kStreams];
+    StreamState<E, D> streams[kMaxStreams];
     for_each_tile(
         warp, schedule, own.place,
         [&](const OtherPlace& other, int buffer) {
@@ -118,7 +118,7 @@ struct ForwardKernel {
           if (in.first_key != nullptr || other.count < kOtherRows)
             hide<false>(scores, oldest, tokens(buffer), 0, in.scale2);
           TORUS_UNROLL
-          for (int k = 0; k < kStreams; ++k)
+          for (int k = 0; k < kMaxStreams; ++k)
             if (slices.seen[k])
               streams[k].add(scores, Diagonals<kTilesOfOthers>(slices.bias(k), 0), in.scale2, tile(buffer, 1),
                              arguments.entropy != nullptr);
@@ -128,7 +128,8 @@ struct ForwardKernel {
     TORUS_UNROLL
     for (int t = 0; t < D / kColumns; ++t) y[t] = zero_sum();
     TORUS_UNROLL
-    for (int k = 0; k < kStreams; ++k) {
+    for (int k = 0; k < kMaxStreams; ++k) {
+      if (k >= schedule.num_streams) continue;
       streams[k].finish();
       mix_stream<D>(in, head, own.token, k, streams[k], streams[k].out, y);
       write_statistics(arguments, head, own.token, k, streams[k]);

@@ -16,42 +16,6 @@ struct LineForwardArguments {
   LinePlan plan;
 };
 
-// Positions of the oldest keys that rows see.
-template <bool kAsked>
-struct OldestPositions {
-  Lane<int> oldest[2];
-  float hidden;
-  bool any;
-
-  TORUS_DEVICE OldestPositions(const Operands& in, const Head& head, const OwnRows& own) {
-    any = in.first_key != nullptr;
-    hidden = in.scale2 < 0.0f ? -kNegativeInfinity : kNegativeInfinity;
-    const int line = own.place.line, stride = in.schedule.stride;
-    const auto position = [&](int key) { return key <= line ? 0 : (key - line + stride - 1) / stride; };
-    TORUS_UNROLL
-    for (int half = 0; half < 2; ++half)
-      if (any) oldest[half] = map(position, oldest_key(in, head.batch, own.token[half]));
-  }
-
-  // Makes scores of keys from position `first` on -inf, once they are scaled, where a row does not see them.
-  TORUS_DEVICE void hide(Sum (&scores)[kChunkTiles], int first) const {
-    if (!any) return;
-    TORUS_UNROLL
-    for (int t = 0; t < kChunkTiles; ++t)
-      TORUS_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const Lane<int> position = fragment_member() * 2 + (first + t * kColumns + i % 2);
-        scores[t].value[i] = select(position >= oldest[i / 2], scores[t].value[i], hidden);
-      }
-  }
-};
-
-template <>
-struct OldestPositions<false> {
-  TORUS_DEVICE OldestPositions(const Operands&, const Head&, const OwnRows&) {}
-  TORUS_DEVICE void hide(Sum (&)[kChunkTiles], int) const {}
-};
-
 template <class E, int D, bool kInPairs>
 struct LineForwardKernel {
   using Arguments = LineForwardArguments;
@@ -77,7 +41,9 @@ struct LineForwardKernel {
     const Shared<FloatPair> pairs = warp.template shared<FloatPair>(table_at, plan.table_size);
 
     const RowFragments<E, D> query(in, rows_of<const E>(in.q, head.batch, head.query), in.q.token, own.token);
-    const OldestPositions<!kInPairs> oldest(in, head, own);
+    Lane<int> oldest[2];
+    if constexpr (!kInPairs)
+      for (int half = 0; half < 2; ++half) oldest[half] = oldest_key(in, head.batch, own.token[half]);
     const auto bring = [&](const Lane<int>& token, int row0, int rows) {
       copy_rows<2 * kLineChunk, 2, Rows>(in, token,
                                          {rows_of<const E>(in.k, head.batch, head.key_value),
@@ -114,8 +80,9 @@ struct LineForwardKernel {
  private:
   // Adds what a warp sees of a stretch.
   static TORUS_DEVICE void visit(const Arguments& arguments, const Warp& warp, const OwnRows& own,
-                                 const StretchWalk& walk, const OldestPositions<!kInPairs>& oldest,
+                                 const StretchWalk& walk, const Lane<int> (&oldest)[2],
                                  const LineTable& table, ChunkSoftmax<E, D>& softmax) {
+    const Operands& in = arguments.forward.in;
     const bool with_spread = !kInPairs && arguments.forward.entropy != nullptr;
     const int own_chunk = warp.index();
     if (kInPairs && walk.z == 0) softmax.begin(table, slot_of(walk, own_chunk));
@@ -130,7 +97,8 @@ struct LineForwardKernel {
         }
         if (chunk > chunks.last) break;
         const auto hide = [&](Sum (&scores)[kChunkTiles]) {
-          oldest.hide(scores, own.place.position + chunk * kLineChunk);
+          if (!kInPairs && in.first_key != nullptr)
+            hide_on_line(scores, in, own.place, own.place.position + chunk * kLineChunk, oldest);
         };
         const bool last = kInPairs && chunk == chunks.last;
         if (!last || !softmax.template add_chunks<1>(table, chunk - own_chunk, {at}))

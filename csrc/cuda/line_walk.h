@@ -65,6 +65,13 @@ TORUS_DEVICE void stage_stretch(const Warp& warp, const StretchWalk& walk, Bring
   warp.template wait_copies<0>();
 }
 
+// Hides what first_key says, which there is on lines in time only, in a chunk whose first key is at a position.
+TORUS_DEVICE void hide_on_line(Sum (&scores)[kChunkTiles], const Operands& in, const OwnPlace& own, int position,
+                               const Lane<int> (&oldest)[2]) {
+  const int first = own.line + position * in.schedule.stride, stride = in.schedule.stride;
+  hide_older(scores, in.scale2, oldest, [&](const Lane<int>& column) { return column * stride + first; });
+}
+
 // The backward's way over a line.
 struct LineSweep {
   using Plan = LinePlan;
@@ -86,12 +93,14 @@ struct LineSweep {
   }
 
   // visit(first, chunk, slots, hide) for one or two chunks at a time of what own rows see of the schedule's stream k:
-  // `first` of a table, chunks counted from the own one, and hide(scores) for keys that a table does not hide.
+  // `first` of a table, chunks counted from the own one, and hide(scores) for keys that a table does not hide. Where
+  // there are such, chunks come one by one.
   template <class Bring, class Visit>
-  TORUS_DEVICE void run(int k, bool brings, Bring bring, Visit visit) const {
+  TORUS_DEVICE void run(int k, const Head& head, bool brings, Bring bring, Visit visit) const {
     StretchWalk walk(plan, in.schedule, own.place, k);
     const Lane<int> first = first_place(walk.reach);
     const int own_chunk = warp.index();
+    const bool in_pairs = in.first_key == nullptr;
     do {
       if (brings) {
         warp.barrier();
@@ -101,12 +110,18 @@ struct LineSweep {
       for (int part = 0; own.any && part < 2; ++part) {
         const Chunks seen = (part == 0 ? walk.reach.near : walk.reach.far).shifted(own_chunk).within(walk.window());
         int chunk = seen.first, at = slot_of(walk, chunk);
-        while (chunk < seen.last) {
+        while (in_pairs && chunk < seen.last) {
           const int second = next_slot(walk, at);
           visit(first, chunk - own_chunk, ChunkSlots<2>{{at, second}}, HidesNothing{});
           chunk += 2, at = next_slot(walk, second);
         }
-        if (chunk == seen.last) visit(first, chunk - own_chunk, ChunkSlots<1>{{at}}, HidesNothing{});
+        for (; chunk <= seen.last; ++chunk, at = next_slot(walk, at))
+          visit(first, chunk - own_chunk, ChunkSlots<1>{{at}}, [&](Sum (&scores)[kChunkTiles]) {
+            if (in_pairs) return;
+            const Lane<int> oldest[2] = {oldest_key(in, head.batch, own.token[0]),
+                                         oldest_key(in, head.batch, own.token[1])};
+            hide_on_line(scores, in, own.place, own.place.position + chunk * kLineChunk, oldest);
+          });
       }
     } while (walk.next());
   }

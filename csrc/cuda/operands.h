@@ -107,6 +107,12 @@ struct OwnRows {
   }
 };
 
+// Tokens of sixteen own rows, one in a lane of the first sixteen.
+TORUS_DEVICE Lane<int> tokens_by_lane(const Lane<int> (&token)[2]) {
+  const Lane<int> row = lane_index() % kOwnRows, source = row % 8 * 4;
+  return select(row < 8, shuffle(token[0], source), shuffle(token[1], source));
+}
+
 // Begins to copy rows of some tensors into tiles, from row0 on: row r, of `rows`, is that of the token in lane r, zeros
 // where there is none and in columns beyond head_dim. `thread` of `threads` takes its share of chunks of 16 bytes.
 template <int kCount, int kSources, class T, class E = typename T::Element>

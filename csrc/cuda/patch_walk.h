@@ -68,33 +68,21 @@ TORUS_DEVICE void stage_strip(const Warp& warp, const Schedule& schedule, const 
   warp.template wait_copies<0>();
 }
 
-// In time, patches in a row of the block before this one have keys before token 0.
-TORUS_DEVICE int first_whole_row(const CrossPlan& plan, const OwnPatch& own, int column) {
+// In time there are keys before token 0 in patches before this row, and first_key may hide some in any.
+TORUS_DEVICE int first_whole_row(const Operands& in, const CrossPlan& plan, const OwnPatch& own, int column) {
+  if (in.first_key != nullptr) return kMaxTokens;
   return plan.first_whole_row(own.column + column) - own.row;
 }
 
-// Makes scores of keys before token 0 -inf, once they are scaled.
-struct HidesBeforeTime {
-  int first;  // token of the patch's first site
-  int n_minor;
-  float scale2;
-
-  TORUS_DEVICE HidesBeforeTime(const Operands& in, const OwnPatch& own, int row, int column)
-      : first((own.row + row) * kPatch * in.schedule.n_minor + (own.column + column) * kPatch),
-        n_minor(in.schedule.n_minor), scale2(in.scale2) {}
-
-  TORUS_DEVICE void operator()(Sum (&scores)[kChunkTiles]) const {
-    const float hidden = scale2 < 0.0f ? -kNegativeInfinity : kNegativeInfinity;
-    TORUS_UNROLL
-    for (int t = 0; t < kChunkTiles; ++t)
-      TORUS_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const Lane<int> key = fragment_member() * 2 + (t * kColumns + i % 2);
-        const Lane<int> token = (key / kPatch) * n_minor + key % kPatch + first;
-        scores[t].value[i] = select(token >= 0, scores[t].value[i], hidden);
-      }
-  }
-};
+// Hides keys from queries in a patch before that row.
+TORUS_DEVICE void hide_in_patch(Sum (&scores)[kChunkTiles], const Operands& in, const OwnPatch& own, int row,
+                                int column, const Lane<int> (&oldest)[2]) {
+  const int n_minor = in.schedule.n_minor;
+  const int first = (own.row + row) * kPatch * n_minor + (own.column + column) * kPatch;
+  hide_older(scores, in.scale2, oldest, [&](const Lane<int>& site) {
+    return (site / kPatch) * n_minor + site % kPatch + first;
+  });
+}
 
 // The backward's way over the patches.
 struct PatchSweep {
@@ -117,7 +105,7 @@ struct PatchSweep {
 
   // As LineSweep's; rows of patches are what is counted from the own one.
   template <class Bring, class Visit>
-  TORUS_DEVICE void run(int k, bool, Bring bring, Visit visit) const {
+  TORUS_DEVICE void run(int k, const Head& head, bool, Bring bring, Visit visit) const {
     for (int column = 0; column <= kMaxPatchReach; column = CrossPlan::next_column(column)) {
       const Chunks strip = plan.strip(k, own.row, column);
       if (strip.empty()) continue;
@@ -128,13 +116,20 @@ struct PatchSweep {
       const Lane<int> first = first_place(column);
       const int own_row = warp.index();
       const Chunks seen = plan.reach[k].rows.shifted(own_row).within(strip);
+      const int whole = plan.in_time ? first_whole_row(in, plan, own, column) : seen.first;
       int row = seen.first;
-      if (plan.in_time && !in.schedule.mirrored)
-        for (; row <= seen.last && row < first_whole_row(plan, own, column); ++row)
-          visit(first, row - own_row, ChunkSlots<1>{{row - strip.first}}, HidesBeforeTime(in, own, row, column));
+      const auto visit_one = [&] {
+        visit(first, row - own_row, ChunkSlots<1>{{row - strip.first}}, [&](Sum (&scores)[kChunkTiles]) {
+          if (row >= whole) return;
+          const Lane<int> oldest[2] = {oldest_key(in, head.batch, own.token[0]),
+                                       oldest_key(in, head.batch, own.token[1])};
+          hide_in_patch(scores, in, own, row, column, oldest);
+        });
+      };
+      for (; row <= seen.last && row < whole; ++row) visit_one();
       for (; row < seen.last; row += 2)
         visit(first, row - own_row, ChunkSlots<2>{{row - strip.first, row + 1 - strip.first}}, HidesNothing{});
-      if (row == seen.last) visit(first, row - own_row, ChunkSlots<1>{{row - strip.first}}, HidesNothing{});
+      if (row == seen.last) visit_one();
     }
   }
 };

@@ -73,6 +73,9 @@ inline int64_t heads_of_chunk(int64_t heads, int64_t group, int64_t bytes_per_he
   return max_of(1, min_of(heads, min_of(cached, kMaxGrid / group)));
 }
 
+// Of the general kernels, which are compiled for fewer.
+constexpr int general_dim(int dim) { return dim < 64 ? 64 : dim; }
+
 // body(element, integral_constant<int, D>) for the element type and the smallest D that has room for head_dim.
 template <class Body>
 void dispatch(const AttentionInputs& in, Body body) {

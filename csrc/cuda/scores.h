@@ -109,18 +109,18 @@ TORUS_UNROLL
 };
 
 // A warp's slices of all streams: biases and, where kSquared, squared distances.
-template <int kStreams, bool kSquared>
+template <bool kSquared>
 struct Slices {
-  static constexpr int kFloats = kStreams * (kSquared ? 2 : 1) * Slice::kSize;
-  Shared<float> values;  // kFloats, this warp's own
-  bool seen[kStreams];   // whether a stream sees anything of the tile
+  static constexpr int kFloats = kMaxStreams * (kSquared ? 2 : 1) * Slice::kSize;
+  Shared<float> values;    // kFloats, this warp's own
+  bool seen[kMaxStreams];  // whether a stream sees anything of the tile
 
   TORUS_DEVICE Slice bias(int k) const { return {values, k * Slice::kSize}; }
-  TORUS_DEVICE Slice squared(int k) const { return {values, (kStreams + k) * Slice::kSize}; }
+  TORUS_DEVICE Slice squared(int k) const { return {values, (kMaxStreams + k) * Slice::kSize}; }
 
   // Whether any stream does.
   TORUS_DEVICE bool fill(const Operands& in, const Warp& warp, const OwnRows& own, const OtherPlace& other,
-                         const float (&slope)[kStreams]) {
+                         const float (&slope)[kMaxStreams]) {
     const Schedule& schedule = in.schedule;
     const TablePlace at = schedule.table_place(own.place, warp.index(), other);
     if (!own.any || !schedule.meets(at, other)) return false;
@@ -128,7 +128,9 @@ struct Slices {
     bool sees = false;
     const int columns = schedule.table_columns();
 TORUS_UNROLL
-    for (int k = 0; k < kStreams; ++k) {
+    for (int k = 0; k < kMaxStreams; ++k) {
+      seen[k] = false;
+      if (k >= schedule.num_streams) continue;
       const float* const row = in.squared + (int64_t{1} * k * schedule.table_rows() + at.row) * columns;
       Lane<bool> visible = false;
 TORUS_UNROLL
@@ -138,7 +140,7 @@ TORUS_UNROLL
         const Lane<float> squared = load(row, cast<int64_t>(column), column >= 0 && column < columns, -1.0f);
         const Lane<bool> wanted = e < Slice::kSize;
         values.store(e + k * Slice::kSize, select(squared >= 0.0f, squared * slope[k], kNegativeInfinity), wanted);
-        if constexpr (kSquared) values.store(e + (kStreams + k) * Slice::kSize, squared, wanted);
+        if constexpr (kSquared) values.store(e + (kMaxStreams + k) * Slice::kSize, squared, wanted);
         visible = visible || (squared >= 0.0f && e < Slice::kSize - 1);
       }
       seen[k] = any(visible);

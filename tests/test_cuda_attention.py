@@ -4,7 +4,7 @@ import dense
 import pytest
 import torch
 from conftest import require_backend
-from support import Backend, assert_within_budget, label, make_problem, score_roundings
+from support import Backend, assert_within_budget, check_precision, label, make_problem, score_roundings
 
 from torus_kernels import TorusLattice
 
@@ -36,6 +36,9 @@ CASES = {
     "patches in time": (patches(20, 18, "causal"), 403, 40),
     "patches in time on few columns": (patches(90, 2, "causal", (8, 1)), 300, 128),
     "patches on a cylinder": (patches(24, 10, "cylinder", (4, 0)), 240, 8),
+    "windows wider than patches reach": (patches(24, 24, radius=(10, 2)), 576, 24),
+    "one flow": (TorusLattice(12, 20, "causal", streams=(6,)), 210, 72),
+    "an open line of odd length": (lines(53, 2, "cylinder"), 106, 40),
 }
 
 
@@ -60,6 +63,15 @@ def check_output(cuda, problem) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_error_budget(cuda, case, dtype):
     check_output(cuda, problem_of(cuda, case, dtype))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients(cuda, case):
+    """By queries and by keys; three query heads to a key/value head, where chunks of keys meet several of them."""
+    lattice, seq_len, head_dim = CASES[case]
+    heads = 3 if "left over" in case or "time" in case else 1
+    problem = make_problem(lattice, seq_len, heads=heads, kv_heads=1, head_dim=head_dim)
+    check_precision(cuda, problem, torch.bfloat16)
 
 
 @pytest.mark.parametrize("case", ["closed lines that are resident", "arcs far back in time", "patches",
@@ -94,8 +106,10 @@ def test_no_row_depends_on_the_others_of_its_warp(cuda, case):
         assert torch.equal(changed[:, :, : t + 1], out[:, :, : t + 1]), t
 
 
-def test_first_key_far_along_a_line(cuda):
-    problem = problem_of(cuda, "open in time", torch.bfloat16)
-    starts = torch.tensor([0, 33, 100, 301], device=problem.q.device)
-    document = torch.bucketize(torch.arange(problem.q.shape[2], device=problem.q.device), starts, right=True) - 1
-    check_output(cuda, problem.replace(first_key=starts[document][None]))
+@pytest.mark.parametrize("case", ["open in time", "arcs far back in time", "patches in time", "one flow"])
+def test_first_key(cuda, case):
+    lattice, seq_len, head_dim = CASES[case]
+    problem = make_problem(lattice, seq_len, heads=2, kv_heads=1, head_dim=head_dim)
+    starts = torch.tensor([0, 33, 100, 301])
+    document = torch.bucketize(torch.arange(seq_len), starts, right=True) - 1
+    check_precision(cuda, problem.replace(first_key=starts[document][None]), torch.bfloat16)
