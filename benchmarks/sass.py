@@ -214,13 +214,14 @@ def read(kernel: Any, constants: dict[str, Any] | None = None) -> Code:
 _KERNEL = re.compile(r"\d([A-Z]\w*?Kernel)")
 _ELEMENT = re.compile(r"\d(B?Float16)")
 _NUMBER = re.compile(r"L[ib](\d+)E")
+_SWEEP = re.compile(r"\d((?:Line|Patch)Sweep)")
 
 
 def read_library(library: Path) -> dict[str, list[Code]]:
     """The kernels of a library that nvcc made, by architecture, as in ``{"sm_80": [...]}``.
 
-    Of each, ``constants`` has its template arguments: ``element`` and ``numbers``. How many warps it runs with and what
-    shared memory it is given is not in the library.
+    Of each, ``constants`` has its template arguments: ``element``, ``numbers`` and, where there is one, ``sweep``. How
+    many warps it runs with and what shared memory it is given is not in the library.
 
     Raises:
         NoDisassembler: there is no cuobjdump.
@@ -234,7 +235,9 @@ def read_library(library: Path) -> dict[str, list[Code]]:
         for listing in re.split(r"^\s*Function : ", part, flags=re.MULTILINE)[1:]:
             symbol = listing.split(maxsplit=1)[0]
             element = _ELEMENT.search(symbol)
-            constants = {"element": element and element[1], "numbers": tuple(map(int, _NUMBER.findall(symbol)))}
+            sweep = _SWEEP.search(symbol)
+            constants = {"element": element and element[1], "numbers": tuple(map(int, _NUMBER.findall(symbol))),
+                         **({"sweep": sweep[1]} if sweep else {})}
             registers, stack, _, local = map(int, usage[symbol].groups())
             found.setdefault(architecture, []).append(Code(
                 _KERNEL.search(symbol)[1], constants, 1, registers, stack + local, 0, tuple(parse(listing))))

@@ -11,21 +11,29 @@ from torus_kernels import building
 ARCHITECTURES = ("sm_80", "sm_90a")
 
 GENERAL = ("ForwardKernel", "QueryGradientsKernel", "KeyGradientsKernel")
-CHUNKS = ("LineForwardKernel", "CrossForwardKernel", "ChunkQueryGradientsKernel", "ChunkKeyGradientsKernel")
-ATTENTION = (*CHUNKS, *GENERAL)
+FORWARD = ("LineForwardKernel", "CrossForwardKernel")
+BACKWARD = ("ChunkQueryGradientsKernel", "ChunkKeyGradientsKernel")
+ATTENTION = (*FORWARD, *BACKWARD, *GENERAL)
 
 ROWS_AND_KEYS = 16 * 32
 """Scores that a warp makes in one turn of its inner loop: kOwnRows of csrc/cuda/schedule.h against kOtherRows, or
-against two chunks of csrc/cuda/chunk_softmax.h. A score is that of one pair for one stream, with all that it costs:
-products with K and V, bias, exponential and sum."""
+against two chunks of csrc/cuda/chunks.h. A score is that of one pair for one stream, with all that it costs: products
+with K and V, bias, exponential and sum."""
 
 MAX_PER_SCORE = {32: 9, 64: 10.5, 128: 13}
-"""Instructions of the inner loops of lines and cross flows for each score, by channels. The target is 12 at 64; half of
-what there is at 128 are matrix products and their operands."""
+"""Instructions of the forward's inner loops of lines and cross flows for each score, by channels. The target is 12 at
+64; half of what there is at 128 are matrix products and their operands."""
 
-GENERAL_PER_SCORE = {1: 60, 2: 79}
-"""The same for the kernel of what those two do not take, by streams, at 64 channels on sm_80: walking, staging and
-every branch of a turn included. These numbers may only fall."""
+MAX_PER_SCORE_BACKWARD = {
+    "delta": {32: 8.5, 64: 10, 128: 13.5},
+    "d_q": {32: 14.5, 64: 18, 128: 25},
+    "d_k and d_v": {32: 13, 64: 16.5, 128: 26},
+}
+"""The same of the backward's three sweeps."""
+
+GENERAL_PER_SCORE = 79
+"""The same for the forward of what those do not take, at 64 channels on sm_80: walking, staging and every branch of a
+turn included. These numbers may only fall."""
 
 OPERATORS = ("attention_forward", "attention_backward", "attention_decode", "ema_compound", "ema_compound_backward",
              "ema_multiscale", "ema_multiscale_backward")
@@ -74,11 +82,13 @@ def test_every_kernel_is_there(codes):
     assert tuple(codes) == ARCHITECTURES
     for kernels in codes.values():
         for name in ATTENTION:
-            found = [(code.constants["element"], *code.constants["numbers"]) for code in kernels if code.name == name]
-            # Streams; whether chunks are taken in twos; lines or patches.
-            variants = (1, 2) if name in GENERAL else (0, 1)
-            assert sorted(found) == sorted((element, head_dim, variant) for element in ("Float16", "BFloat16")
-                                           for head_dim in (32, 64, 128) for variant in variants), name
+            found = {(code.constants["element"], code.constants.get("sweep"), *code.constants["numbers"])
+                     for code in kernels if code.name == name}
+            sweeps = ("LineSweep", "PatchSweep") if name in BACKWARD else (None,)
+            numbers = ([(dim,) for dim in (64, 128)] if name in GENERAL else
+                       [(dim, in_pairs) for dim in (32, 64, 128) for in_pairs in (0, 1)])
+            assert found == {(element, sweep, *given) for element in ("Float16", "BFloat16")
+                             for sweep in sweeps for given in numbers}, name
         assert {"DecodeKernel", "JoinKernel", "CompoundKernel", "CompoundBackwardKernel", "MultiscaleKernel",
                 "MultiscaleBackwardKernel"} <= {code.name for code in kernels}
 
@@ -101,18 +111,41 @@ def test_rows_are_read_16_bytes_at_a_time(kernels):
             assert wide, code.describe()
 
 
+def turns_of(code, products: int) -> list:
+    """Inner loops over two chunks with so many matrix products, or over one with half as many and half the scores."""
+    return [loop for loop in code.loops if loop.innermost and loop.count("MUFU.EX2") in (8, 16)
+            and loop.count("HMMA") * 16 == products * loop.count("MUFU.EX2")]
+
+
+def per_score(code, turn) -> float:
+    return code.per_score(turn, turn.count("MUFU.EX2") * 32)
+
+
 def test_instructions_per_score(kernels):
     for code in kernels:
-        if code.name not in ("LineForwardKernel", "CrossForwardKernel"):
+        if code.name not in FORWARD:
             continue
         head_dim, in_pairs = code.constants["numbers"]
         if not in_pairs:
             continue
-        turns = [loop for loop in code.loops if loop.innermost and loop.count("HMMA") == head_dim // 2
-                 and loop.count("MUFU.EX2") * 32 == ROWS_AND_KEYS]
+        turns = [turn for turn in turns_of(code, head_dim // 2) if turn.count("MUFU.EX2") == 16]
         assert len(turns) == (1 if code.name == "LineForwardKernel" else 2), code.describe()  # of the two flows
         for turn in turns:
-            assert code.per_score(turn, ROWS_AND_KEYS) <= MAX_PER_SCORE[head_dim], code.describe()
+            assert per_score(code, turn) <= MAX_PER_SCORE[head_dim], code.describe()
+
+
+def test_instructions_per_score_of_the_backward(kernels):
+    for code in kernels:
+        if code.name not in BACKWARD or not code.constants["numbers"][1]:
+            continue
+        head_dim = code.constants["numbers"][0]
+        # Products of a score: scores and d_out V^T; d_q in two parts, or d_k and d_v.
+        sweeps = ({"delta": 2, "d_q": 4} if code.name == "ChunkQueryGradientsKernel" else {"d_k and d_v": 4})
+        for sweep, products in sweeps.items():
+            turns = turns_of(code, products * head_dim // 4)
+            assert turns, (sweep, code.describe())
+            assert min(per_score(code, turn) for turn in turns) <= MAX_PER_SCORE_BACKWARD[sweep][head_dim], (
+                sweep, code.describe())
 
 
 def test_instructions_per_score_of_everything_else(codes):
@@ -121,5 +154,4 @@ def test_instructions_per_score_of_everything_else(codes):
             continue
         most = max(loop.count("HMMA") for loop in code.loops)
         turn = min((loop for loop in code.loops if loop.count("HMMA") == most), key=len)
-        streams = code.constants["numbers"][1]
-        assert code.per_score(turn, ROWS_AND_KEYS) <= GENERAL_PER_SCORE[streams], code.describe()
+        assert code.per_score(turn, ROWS_AND_KEYS) <= GENERAL_PER_SCORE, code.describe()

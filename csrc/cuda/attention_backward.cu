@@ -17,18 +17,25 @@ void launch_chunks(const ChunkBackwardArguments<typename Kernel::Plan>& argument
 }
 
 // One family of lines, or the cross flows, by queries or by keys, with the kernel that is for it.
-template <template <class, int, class> class ByChunks, template <class, int> class General, class E, int D>
+template <template <class, int, class, bool> class ByChunks, template <class, int> class General, class E, int D>
 void launch_family(const BackwardArguments& arguments, const Lattice& lattice, int64_t heads, const Device& device) {
   const Schedule& schedule = arguments.in.schedule;
+  const bool in_pairs = arguments.in.first_key == nullptr;
   if (schedule.is_cross) {
     const CrossPlan plan = cross_plan(lattice, schedule, schedule.seq_len);
-    if (plan.fits)
-      return launch_chunks<ByChunks<E, D, PatchSweep>>({arguments, plan}, plan.num_blocks, plan.warps, heads, device);
+    const auto run = [&](auto pairs) {
+      using Kernel = ByChunks<E, D, PatchSweep, pairs>;
+      launch_chunks<Kernel>({arguments, plan}, plan.num_blocks, plan.warps, heads, device);
+    };
+    if (plan.fits) return in_pairs ? run(std::true_type{}) : run(std::false_type{});
   } else {
-    using Kernel = ByChunks<E, D, LineSweep>;
-    const LinePlan plan = line_plan(lattice, schedule, schedule.seq_len, Kernel::kChunkBytes);
-    if (plan.fits)
-      return launch_chunks<Kernel>({arguments, plan}, schedule.num_blocks, schedule.warps, heads, device);
+    const LinePlan plan =
+        line_plan(lattice, schedule, schedule.seq_len, ByChunks<E, D, LineSweep, true>::kChunkBytes);
+    const auto run = [&](auto pairs) {
+      using Kernel = ByChunks<E, D, LineSweep, pairs>;
+      launch_chunks<Kernel>({arguments, plan}, schedule.num_blocks, schedule.warps, heads, device);
+    };
+    if (plan.fits) return in_pairs ? run(std::true_type{}) : run(std::false_type{});
   }
   using Kernel = General<E, general_dim(D)>;
   launch<Kernel>({schedule.num_blocks, heads}, schedule.warps, Kernel::shared_bytes(schedule.warps), device, arguments);

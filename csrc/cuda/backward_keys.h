@@ -49,10 +49,10 @@ struct KeyGradientsKernel {
       return warp.template shared<float>(buffer * kBufferBytes + kNumbersAt, kNumbers);
     };
 
-    copy_own_rows<2, E, D>(in, warp, own,
-                           {rows_of<const E>(in.k, first_head.batch, first_head.key_value),
-                            rows_of<const E>(in.v, first_head.batch, first_head.key_value)},
-                           {in.k.token, in.v.token}, {key.tile, value.tile});
+    copy_own_rows(in, warp, own.token, rows_of<const E>(in.k, first_head.batch, first_head.key_value), in.k.token,
+                  key.tile);
+    copy_own_rows(in, warp, own.token, rows_of<const E>(in.v, first_head.batch, first_head.key_value), in.v.token,
+                  value.tile);
     key.load();
     value.load();
 

@@ -43,10 +43,8 @@ struct QueryGradientsKernel {
       return warp.template shared<int>(buffer * kBufferBytes + 2 * kTileBytes, kOtherRows);
     };
 
-    copy_own_rows<2, E, D>(in, warp, own,
-                           {rows_of<const E>(in.q, head.batch, head.query),
-                            rows_of<const E>(in.d_out, head.batch, head.query)},
-                           {in.q.token, in.d_out.token}, {query.tile, d_out.tile});
+    copy_own_rows(in, warp, own.token, rows_of<const E>(in.q, head.batch, head.query), in.q.token, query.tile);
+    copy_own_rows(in, warp, own.token, rows_of<const E>(in.d_out, head.batch, head.query), in.d_out.token, d_out.tile);
     query.load();
     d_out.load();
 

@@ -4,6 +4,8 @@
 // By queries: delta, d_q and the rows' parts of d_decay, in two sweeps of a stream. By keys: d_k and d_v, in one sweep
 // of a stream and of every query head of the group. Scores are transposed there: own rows are keys, so that what
 // belongs to a query belongs to a column.
+//
+// kInPairs: chunks are taken in twos as far as they go. Not where first_key hides keys from some rows.
 #pragma once
 
 #include "backward.h"
@@ -18,17 +20,21 @@ struct ChunkBackwardArguments {
   Plan plan;
 };
 
+// Of the two operands that own rows are, 168 registers have room for one.
+template <class E, int D>
+using SharedFragments = OwnFragments<E, D, false>;
+
 // Sums of sixteen queries beside chunks of keys and values.
 template <class E, int D>
 struct QueryGradients : QuerySums {
   using Rows = PaddedTile<E, D>;
   const RowFragments<E, D>& query;
-  const RowFragments<E, D>& d_out;
+  const SharedFragments<E, D>& d_out;
   const Rows keys, values;
   const float scale2;
   Sum d_q[D / kColumns];
 
-  TORUS_DEVICE QueryGradients(const RowFragments<E, D>& query, const RowFragments<E, D>& d_out, const Rows& keys,
+  TORUS_DEVICE QueryGradients(const RowFragments<E, D>& query, const SharedFragments<E, D>& d_out, const Rows& keys,
                               const Rows& values, float scale2)
       : query(query), d_out(d_out), keys(keys), values(values), scale2(scale2) {
     zero_sums(d_q);
@@ -52,8 +58,8 @@ struct QueryGradients : QuerySums {
   template <int kChunks, class Table, class Hide>
   TORUS_DEVICE void add_gradients(const Table& biases, const Table& squared, int chunk,
                                   const ChunkSlots<kChunks>& slots, Hide hide) {
-    const ChunkNumbers<kChunks * kChunkTiles> distances(squared, chunk);
     for_each_chunk(biases, chunk, slots, hide, [&](int c, const Chunk& probs, const Chunk& d_probs) {
+      const ChunkNumbers<kChunkTiles> distances(squared, chunk + c);
       Chunk d_scores;
       TORUS_UNROLL
       for (int t = 0; t < kChunkTiles; ++t)
@@ -61,7 +67,7 @@ struct QueryGradients : QuerySums {
         for (int i = 0; i < 4; ++i) {
           const int half = i / 2;
           d_scores[t].value[i] = probs[t].value[i] * (gate[half] * d_probs[t].value[i] - gated_delta[half]);
-          decay[half] = decay[half] + distances.at(c * kChunkTiles + t, half, i % 2) * d_scores[t].value[i];
+          decay[half] = decay[half] + distances.at(t, half, i % 2) * d_scores[t].value[i];
         }
       multiply_gradients<E, D>(d_q, d_scores, keys, slots.at[c] * kChunkRows);
     });
@@ -74,9 +80,9 @@ struct QueryGradients : QuerySums {
   template <int kChunks, class Table, class Hide, class Visit>
   TORUS_DEVICE void for_each_chunk(const Table& table, int chunk, const ChunkSlots<kChunks>& slots, Hide hide,
                                    Visit visit) {
-    const ChunkNumbers<kChunks * kChunkTiles> biases(table, chunk);
     TORUS_UNROLL
     for (int c = 0; c < kChunks; ++c) {
+      const ChunkNumbers<kChunkTiles> biases(table, chunk + c);
       Chunk probs, d_probs;
       multiply_rows(probs, query, keys, slots.at[c] * kChunkRows);
       multiply_rows(d_probs, d_out, values, slots.at[c] * kChunkRows);
@@ -85,7 +91,7 @@ struct QueryGradients : QuerySums {
       for (int t = 0; t < kChunkTiles; ++t)
         TORUS_UNROLL
         for (int i = 0; i < 4; ++i)
-          probs[t].value[i] = exp2_of(probs[t].value[i] * scale2 + biases.at(c * kChunkTiles + t, i / 2, i % 2) -
+          probs[t].value[i] = exp2_of(probs[t].value[i] * scale2 + biases.at(t, i / 2, i % 2) -
                                       lse2[i / 2]);
       visit(c, probs, d_probs);
     }
@@ -98,10 +104,11 @@ struct alignas(16) QueryNumbers {
   int oldest;  // key that it sees
 };
 
-// Sums of sixteen keys beside chunks of queries.
-template <class E, int D, class Own>
+// Sums of sixteen keys beside chunks of queries. Two gradients of 128 channels leave no registers for own rows.
+template <class E, int D>
 struct KeyGradients {
   using Rows = PaddedTile<E, D>;
+  using Own = OwnFragments<E, D, D <= 64>;
   const Own& key;
   const Own& value;
   const Rows queries, d_out;
@@ -124,9 +131,9 @@ struct KeyGradients {
         add(table, chunk + c, ChunkSlots<1>{{c == 0 ? slots.at[0] : slots.at[1]}}, hide);
       return;
     }
-    const ChunkNumbers<kChunks * kChunkTiles> biases(table, chunk);
     TORUS_UNROLL
     for (int c = 0; c < kChunks; ++c) {
+      const ChunkNumbers<kChunkTiles> biases(table, chunk + c);
       const int row0 = slots.at[c] * kChunkRows;
       Sum mixed[kChunkTiles], d_scores[kChunkTiles];
       multiply_rows(mixed, key, queries, row0);
@@ -142,7 +149,7 @@ struct KeyGradients {
           const Lane<float> delta = map([](QueryNumbers x) { return x.delta; }, of_query);
           TORUS_UNROLL
           for (int at = i; at < 4; at += 2) {
-            const Lane<float> bias = biases.at(c * kChunkTiles + t, at / 2, i);
+            const Lane<float> bias = biases.at(t, at / 2, i);
             mixed[t].value[at] = exp2_of(mixed[t].value[at] * scale2 + bias - lse2) * gate;
             d_scores[t].value[at] = mixed[t].value[at] * (d_scores[t].value[at] - delta);
           }
@@ -153,7 +160,7 @@ struct KeyGradients {
   }
 };
 
-template <class E, int D, class Sweep>
+template <class E, int D, class Sweep, bool kInPairs>
 struct ChunkQueryGradientsKernel {
   using Plan = typename Sweep::Plan;
   using Table = typename Sweep::Table;
@@ -164,9 +171,12 @@ struct ChunkQueryGradientsKernel {
   static constexpr int kMinBlocks = kChunkBlocks<D>;
   static constexpr int kChunkBytes = 2 * Rows::bytes(kChunkRows);
 
-  static TORUS_INLINE constexpr int shared_bytes(const Plan& plan) {
+  static constexpr int kOwnBytes = Tile<E, D>::bytes(kOwnRows);
+
+  static TORUS_INLINE constexpr int own_at(const Plan& plan) {
     return 2 * Rows::bytes(plan.rows()) + 2 * plan.table_size * static_cast<int>(sizeof(FloatPair));
   }
+  static TORUS_INLINE constexpr int shared_bytes(const Plan& plan) { return own_at(plan) + kMaxWarps * kOwnBytes; }
 
   static TORUS_DEVICE void run(const Warp& warp, const Arguments& arguments) {
     const BackwardArguments& backward = arguments.backward;
@@ -183,7 +193,9 @@ struct ChunkQueryGradientsKernel {
     const auto squared = warp.template shared<FloatPair>(2 * bytes + table_bytes, plan.table_size);
 
     const RowFragments<E, D> query(in, rows_of<const E>(in.q, head.batch, head.query), in.q.token, token);
-    const RowFragments<E, D> d_out(in, rows_of<const E>(in.d_out, head.batch, head.query), in.d_out.token, token);
+    const SharedFragments<E, D> d_out{
+        {warp.template shared<E>(own_at(plan) + warp.index() * kOwnBytes, kOwnRows * D)}, {}};
+    copy_own_rows(in, warp, token, rows_of<const E>(in.d_out, head.batch, head.query), in.d_out.token, d_out.tile);
     QueryGradients<E, D> sums(query, d_out, keys, values, in.scale2);
     const auto bring = [&](const Lane<int>& others, int row0, int rows) {
       copy_rows<2 * kChunkRows, 2, Rows>(in, others,
@@ -199,12 +211,12 @@ struct ChunkQueryGradientsKernel {
       warp.barrier();
       sweep.fill_table(biases, k, Bias{bias_slope(in, head, stream)});
       sweep.fill_table(squared, k, SquaredDistance{});
-      sweep.run(k, head, k == 0 || !sweep.keeps_rows(), bring,
+      sweep.template run<kInPairs>(k, head, k == 0 || !sweep.keeps_rows(), bring,
                 [&](const Lane<int>& first, int chunk, const auto& slots, auto hide) {
                   sums.add_delta(Table{biases, first}, chunk, slots, hide);
                 });
       sums.finish_delta(backward, head, token, stream);
-      sweep.run(k, head, !sweep.keeps_rows(), bring, [&](const Lane<int>& first, int chunk, const auto& slots, auto hide) {
+      sweep.template run<kInPairs>(k, head, !sweep.keeps_rows(), bring, [&](const Lane<int>& first, int chunk, const auto& slots, auto hide) {
         sums.add_gradients(Table{biases, first}, Table{squared, first}, chunk, slots, hide);
       });
       sums.finish_decay(backward, head, token, stream);
@@ -215,7 +227,7 @@ struct ChunkQueryGradientsKernel {
   }
 };
 
-template <class E, int D, class Sweep>
+template <class E, int D, class Sweep, bool kInPairs>
 struct ChunkKeyGradientsKernel {
   using Plan = typename Sweep::Plan;
   using Table = typename Sweep::Table;
@@ -226,16 +238,13 @@ struct ChunkKeyGradientsKernel {
   static constexpr int kNumberBytes = static_cast<int>(sizeof(QueryNumbers));
   static constexpr int kChunkBytes = 2 * Rows::bytes(kChunkRows) + kChunkRows * kNumberBytes;
 
-  static constexpr bool kHeld = D <= 64;  // own rows in registers, of which two gradients of 128 channels take most
-  static constexpr int kOwnBytes = kHeld ? 0 : Tile<E, D>::bytes(kOwnRows);
+  static constexpr int kOwnBytes = Tile<E, D>::bytes(kOwnRows);
 
-  static TORUS_INLINE constexpr int rows_bytes(const Plan& plan) {
+  static TORUS_INLINE constexpr int own_at(const Plan& plan) {
     return 2 * Rows::bytes(plan.rows()) + plan.rows() * kNumberBytes +
            plan.table_size * static_cast<int>(sizeof(FloatPair));
   }
-  static TORUS_INLINE constexpr int shared_bytes(const Plan& plan) {
-    return rows_bytes(plan) + 2 * kMaxWarps * kOwnBytes;
-  }
+  static TORUS_INLINE constexpr int shared_bytes(const Plan& plan) { return own_at(plan) + 2 * kMaxWarps * kOwnBytes; }
 
   static TORUS_DEVICE void run(const Warp& warp, const Arguments& arguments) {
     const BackwardArguments& backward = arguments.backward;
@@ -252,54 +261,45 @@ struct ChunkKeyGradientsKernel {
     const auto numbers = warp.template shared<QueryNumbers>(2 * bytes, plan.rows());
     const auto biases = warp.template shared<FloatPair>(table_at, plan.table_size);
 
-    const E* const own_rows[2] = {rows_of<const E>(in.k, first_head.batch, first_head.key_value),
-                                  rows_of<const E>(in.v, first_head.batch, first_head.key_value)};
-    const auto add_all = [&](const auto& key, const auto& value) {
-      KeyGradients<E, D, std::decay_t<decltype(key)>> sums(key, value, queries, d_out, numbers, in.scale2);
-      for (int member = 0; member < in.heads.group(); ++member) {
-        const Head head = member_head(in, local, member);
-        for (int k = 0; k < in.schedule.num_streams; ++k) {
-          const int stream = in.schedule.stream[k];
-          warp.barrier();
-          sweep.fill_table(biases, k, Bias{bias_slope(in, head, stream)});
-          const bool brings_rows = k == 0 || !sweep.keeps_rows();
-          const auto bring = [&](const Lane<int>& others, int row0, int rows) {
-            if (brings_rows)
-              copy_rows<2 * kChunkRows, 2, Rows>(in, others,
-                                                 {rows_of<const E>(in.q, head.batch, head.query),
-                                                  rows_of<const E>(in.d_out, head.batch, head.query)},
-                                                 {in.q.token, in.d_out.token}, {queries, d_out}, lane_index(),
-                                                 kWarpLanes, row0, rows);
-            bring_numbers(backward, head, stream, others, numbers, row0, rows);
-          };
-          sweep.run(k, head, true, bring, [&](const Lane<int>& first, int chunk, const auto& slots, auto) {
-            sums.add(Table{biases, first}, chunk, slots, [&](Sum (&scores)[kChunkTiles], int row0) {
-              if (in.first_key != nullptr) hide_younger(scores, in.scale2, token, numbers, row0);
-            });
+    const int own_bytes = own_at(plan) + 2 * warp.index() * kOwnBytes;
+    typename KeyGradients<E, D>::Own key{{warp.template shared<E>(own_bytes, kOwnRows * D)}, {}};
+    typename KeyGradients<E, D>::Own value{{warp.template shared<E>(own_bytes + kOwnBytes, kOwnRows * D)}, {}};
+    copy_own_rows(in, warp, token, rows_of<const E>(in.k, first_head.batch, first_head.key_value), in.k.token,
+                  key.tile);
+    copy_own_rows(in, warp, token, rows_of<const E>(in.v, first_head.batch, first_head.key_value), in.v.token,
+                  value.tile);
+    key.load();
+    value.load();
+    KeyGradients<E, D> sums(key, value, queries, d_out, numbers, in.scale2);
+    for (int member = 0; member < in.heads.group(); ++member) {
+      const Head head = member_head(in, local, member);
+      for (int k = 0; k < in.schedule.num_streams; ++k) {
+        const int stream = in.schedule.stream[k];
+        warp.barrier();
+        sweep.fill_table(biases, k, Bias{bias_slope(in, head, stream)});
+        const bool brings_rows = k == 0 || !sweep.keeps_rows();
+        const auto bring = [&](const Lane<int>& others, int row0, int rows) {
+          if (brings_rows)
+            copy_rows<2 * kChunkRows, 2, Rows>(in, others,
+                                               {rows_of<const E>(in.q, head.batch, head.query),
+                                                rows_of<const E>(in.d_out, head.batch, head.query)},
+                                               {in.q.token, in.d_out.token}, {queries, d_out}, lane_index(),
+                                               kWarpLanes, row0, rows);
+          bring_numbers(backward, head, stream, others, numbers, row0, rows);
+        };
+        sweep.template run<kInPairs>(k, head, true, bring, [&](const Lane<int>& first, int chunk, const auto& slots, auto) {
+          sums.add(Table{biases, first}, chunk, slots, [&](Sum (&scores)[kChunkTiles], int row0) {
+            if constexpr (!kInPairs) hide_younger(scores, in.scale2, token, numbers, row0);
           });
-        }
+        });
       }
-      write_gradient<E, D>(in, backward.d_k + local * in.tokens(),
-                           rows_of<E>(backward.d_k_out, first_head.batch, first_head.key_value), backward.d_k_out.token,
-                           token, sums.d_k, in.scale);
-      write_gradient<E, D>(in, backward.d_v + local * in.tokens(),
-                           rows_of<E>(backward.d_v_out, first_head.batch, first_head.key_value), backward.d_v_out.token,
-                           token, sums.d_v, 1.0f);
-    };
-    if constexpr (kHeld) {
-      add_all(RowFragments<E, D>(in, own_rows[0], in.k.token, token),
-              RowFragments<E, D>(in, own_rows[1], in.v.token, token));
-    } else {
-      const int key_at = rows_bytes(plan) + 2 * warp.index() * kOwnBytes;
-      const OwnFragments<E, D, false> key{{warp.template shared<E>(key_at, kOwnRows * D)}, {}};
-      const OwnFragments<E, D, false> value{{warp.template shared<E>(key_at + kOwnBytes, kOwnRows * D)}, {}};
-      copy_rows<kOwnRows, 2, Tile<E, D>>(in, tokens_by_lane(token), own_rows, {in.k.token, in.v.token},
-                                         {key.tile, value.tile}, lane_index(), kWarpLanes);
-      warp.commit_copies();
-      warp.template wait_copies<0>();
-      warp.sync();
-      add_all(key, value);
     }
+    write_gradient<E, D>(in, backward.d_k + local * in.tokens(),
+                         rows_of<E>(backward.d_k_out, first_head.batch, first_head.key_value), backward.d_k_out.token,
+                         token, sums.d_k, in.scale);
+    write_gradient<E, D>(in, backward.d_v + local * in.tokens(),
+                         rows_of<E>(backward.d_v_out, first_head.batch, first_head.key_value), backward.d_v_out.token,
+                         token, sums.d_v, 1.0f);
   }
 
  private:

@@ -39,12 +39,11 @@ struct CrossForwardKernel {
     };
     const RowFragments<E, D> query(in, rows_of<const E>(in.q, head.batch, head.query), in.q.token, own.token);
     ChunkSoftmax<E, D> first(query, keys, values, in.scale2), second(query, keys, values, in.scale2);
+    const E* const from[2] = {rows_of<const E>(in.k, head.batch, head.key_value),
+                              rows_of<const E>(in.v, head.batch, head.key_value)};
     const auto bring = [&](const Lane<int>& token, int row0, int rows) {
-      copy_rows<2 * kChunkRows, 2, Rows>(in, token,
-                                         {rows_of<const E>(in.k, head.batch, head.key_value),
-                                          rows_of<const E>(in.v, head.batch, head.key_value)},
-                                         {in.k.token, in.v.token}, {keys, values}, lane_index(), kWarpLanes, row0,
-                                         rows);
+      copy_rows<2 * kChunkRows, 2, Rows>(in, token, from, {in.k.token, in.v.token}, {keys, values}, lane_index(),
+                                         kWarpLanes, row0, rows);
     };
 
     for (int k = 0; k < kMaxStreams; ++k)

@@ -96,7 +96,7 @@ struct ForwardKernel {
       return warp.template shared<int>(buffer * kBufferBytes + 2 * kTileBytes, kOtherRows);
     };
 
-    copy_own_rows<1, E, D>(in, warp, own, {rows_of<const E>(in.q, head.batch, head.query)}, {in.q.token}, {query.tile});
+    copy_own_rows(in, warp, own.token, rows_of<const E>(in.q, head.batch, head.query), in.q.token, query.tile);
     query.load();
     Lane<int> oldest[2];
     for (int half = 0; half < 2; ++half) oldest[half] = oldest_key(in, head.batch, own.token[half]);

@@ -34,6 +34,7 @@ struct Chunks {
 struct Reach {
   Chunks near;  // around the own one
   Chunks far;   // apart from those: before them where the own rows are queries, after where they are keys
+  Chunks all;   // from the first to the last
   int min_step, max_step;
   int sign;     // a displacement, own row less other row, is so many steps: 1 for queries, -1 for keys
 
@@ -49,14 +50,9 @@ struct Reach {
       default: return far.shifted(own);
     }
   }
-  TORUS_INLINE constexpr Chunks all() const {
-    if (far.empty()) return near;
-    return {near.first < far.first ? near.first : far.first, near.last > far.last ? near.last : far.last};
-  }
-
   // The tables of numbers have the displacements from min_displacement() on.
-  TORUS_INLINE constexpr int min_displacement() const { return -kLineChunk * (all().last + 1); }
-  TORUS_INLINE constexpr int table_size() const { return kLineChunk * (all().last - all().first + 2); }
+  TORUS_INLINE constexpr int min_displacement() const { return -kLineChunk * (all.last + 1); }
+  TORUS_INLINE constexpr int table_size() const { return kLineChunk * (all.last - all.first + 2); }
 };
 
 struct LinePlan {
@@ -101,7 +97,7 @@ struct StretchWalk {
   // The next window; false where there is none.
   TORUS_INLINE constexpr bool next() {
     if (plan.resident) return false;
-    const Chunks seen = reach.all(), all = Chunks{seen.first, seen.last + schedule.warps - 1}.within(there());
+    const Chunks all = Chunks{reach.all.first, reach.all.last + schedule.warps - 1}.within(there());
     const int lowest = all.first < 0 ? -((-all.first + plan.chunks - 1) / plan.chunks) : 0;
     z = z > 0 ? z + 1 : z > lowest ? z - 1 : 1;
     return z * plan.chunks <= all.last;
@@ -151,6 +147,9 @@ TORUS_INLINE constexpr Reach reach_of(const LineFamily& lines, int stream, bool 
     reach.near = mirrored ? Chunks{0, chunks - 1} : Chunks{1 - chunks, 0};
     reach.min_step = 1 - kLineChunk;
   }
+  reach.all = reach.near;
+  if (!reach.far.empty() && mirrored) reach.all.last = reach.far.last;
+  if (!reach.far.empty() && !mirrored) reach.all.first = reach.far.first;
   return reach;
 }
 
@@ -167,7 +166,7 @@ TORUS_INLINE constexpr LinePlan line_plan(const Lattice& lattice, const Schedule
   for (int k = 0; k < s.num_streams; ++k) {
     const Reach& reach = plan.reach[k] = reach_of(lines, s.stream[k], s.mirrored);
     plan.table_size = static_cast<int>(max_of(plan.table_size, reach.table_size()));
-    chunks = max_of(chunks, max_of(-reach.all().first, reach.all().last));
+    chunks = max_of(chunks, max_of(-reach.all.first, reach.all.last));
   }
   plan.chunks = static_cast<int>(plan.resident ? lines.loop / kLineChunk : min_of(chunks, kStretchChunks));
   plan.fits = plan.fits && plan.table_size <= kMaxTablePairs;

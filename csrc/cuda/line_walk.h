@@ -93,14 +93,13 @@ struct LineSweep {
   }
 
   // visit(first, chunk, slots, hide) for one or two chunks at a time of what own rows see of the schedule's stream k:
-  // `first` of a table, chunks counted from the own one, and hide(scores) for keys that a table does not hide. Where
-  // there are such, chunks come one by one.
-  template <class Bring, class Visit>
+  // `first` of a table, chunks counted from the own one, and hide(scores) for keys that a table does not hide from
+  // queries. Chunks come one by one where first_key may hide some.
+  template <bool kInPairs, class Bring, class Visit>
   TORUS_DEVICE void run(int k, const Head& head, bool brings, Bring bring, Visit visit) const {
     StretchWalk walk(plan, in.schedule, own.place, k);
     const Lane<int> first = first_place(walk.reach);
     const int own_chunk = warp.index();
-    const bool in_pairs = in.first_key == nullptr;
     do {
       if (brings) {
         warp.barrier();
@@ -110,14 +109,14 @@ struct LineSweep {
       for (int part = 0; own.any && part < 2; ++part) {
         const Chunks seen = (part == 0 ? walk.reach.near : walk.reach.far).shifted(own_chunk).within(walk.window());
         int chunk = seen.first, at = slot_of(walk, chunk);
-        while (in_pairs && chunk < seen.last) {
+        while (kInPairs && chunk < seen.last) {
           const int second = next_slot(walk, at);
           visit(first, chunk - own_chunk, ChunkSlots<2>{{at, second}}, HidesNothing{});
           chunk += 2, at = next_slot(walk, second);
         }
         for (; chunk <= seen.last; ++chunk, at = next_slot(walk, at))
           visit(first, chunk - own_chunk, ChunkSlots<1>{{at}}, [&](Sum (&scores)[kChunkTiles]) {
-            if (in_pairs) return;
+            if constexpr (kInPairs) return;
             const Lane<int> oldest[2] = {oldest_key(in, head.batch, own.token[0]),
                                          oldest_key(in, head.batch, own.token[1])};
             hide_on_line(scores, in, own.place, own.place.position + chunk * kLineChunk, oldest);

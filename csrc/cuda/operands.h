@@ -107,12 +107,6 @@ struct OwnRows {
   }
 };
 
-// Tokens of sixteen own rows, one in a lane of the first sixteen.
-TORUS_DEVICE Lane<int> tokens_by_lane(const Lane<int> (&token)[2]) {
-  const Lane<int> row = lane_index() % kOwnRows, source = row % 8 * 4;
-  return select(row < 8, shuffle(token[0], source), shuffle(token[1], source));
-}
-
 // Begins to copy rows of some tensors into tiles, from row0 on: row r, of `rows`, is that of the token in lane r, zeros
 // where there is none and in columns beyond head_dim. `thread` of `threads` takes its share of chunks of 16 bytes.
 template <int kCount, int kSources, class T, class E = typename T::Element>
@@ -137,16 +131,13 @@ TORUS_DEVICE void copy_rows(const Operands& in, const Lane<int>& token, const E*
   }
 }
 
-// A warp's own rows into its part of tiles; visible to the warp on return.
-template <int kSources, class E, int D>
-TORUS_DEVICE void copy_own_rows(const Operands& in, const Warp& warp, const OwnRows& own,
-                                const E* const (&from)[kSources], const int64_t (&stride)[kSources],
-                                const Tile<E, D> (&to)[kSources]) {
-  const Schedule& schedule = in.schedule;
-  const int track = schedule.own_track(own.place, warp.index()), first = schedule.own_position(own.place, warp.index());
-  const Lane<int> token =
-      map([&](int row) { return schedule.own_token(own.place, track, row); }, lane_index() % kOwnRows + first);
-  copy_rows<kOwnRows, kSources, Tile<E, D>>(in, token, from, stride, to, lane_index(), kWarpLanes);
+// A warp's own rows into a tile of its own; visible to the warp on return.
+template <class E, int D>
+TORUS_DEVICE void copy_own_rows(const Operands& in, const Warp& warp, const Lane<int> (&token)[2], const E* from,
+                                int64_t stride, const Tile<E, D>& to) {
+  const Lane<int> row = lane_index() % kOwnRows, source = row % 8 * 4;
+  const Lane<int> token_of_row = select(row < 8, shuffle(token[0], source), shuffle(token[1], source));
+  copy_rows<kOwnRows, 1, Tile<E, D>>(in, token_of_row, {from}, {stride}, {to}, lane_index(), kWarpLanes);
   warp.commit_copies();
   warp.template wait_copies<0>();
   warp.sync();

@@ -104,7 +104,7 @@ struct PatchSweep {
   }
 
   // As LineSweep's; rows of patches are what is counted from the own one.
-  template <class Bring, class Visit>
+  template <bool kInPairs, class Bring, class Visit>
   TORUS_DEVICE void run(int k, const Head& head, bool, Bring bring, Visit visit) const {
     for (int column = 0; column <= kMaxPatchReach; column = CrossPlan::next_column(column)) {
       const Chunks strip = plan.strip(k, own.row, column);
@@ -114,22 +114,24 @@ struct PatchSweep {
       warp.barrier();
       if (!own.any) continue;
       const Lane<int> first = first_place(column);
-      const int own_row = warp.index();
-      const Chunks seen = plan.reach[k].rows.shifted(own_row).within(strip);
-      const int whole = plan.in_time ? first_whole_row(in, plan, own, column) : seen.first;
+      // Rows from here on are counted from the first of the strip, as they lie in shared memory.
+      const int own_row = warp.index() - strip.first;
+      const Chunks seen = plan.reach[k].rows.shifted(warp.index()).within(strip).shifted(-strip.first);
+      const int whole = plan.in_time ? first_whole_row(in, plan, own, column) - strip.first : 0;
       int row = seen.first;
-      const auto visit_one = [&] {
-        visit(first, row - own_row, ChunkSlots<1>{{row - strip.first}}, [&](Sum (&scores)[kChunkTiles]) {
+      while (true) {
+        for (; kInPairs && row < seen.last && row >= whole; row += 2)
+          visit(first, row - own_row, ChunkSlots<2>{{row, row + 1}}, HidesNothing{});
+        if (row > seen.last) break;
+        visit(first, row - own_row, ChunkSlots<1>{{row}}, [&](Sum (&scores)[kChunkTiles]) {
           if (row >= whole) return;
-          const Lane<int> oldest[2] = {oldest_key(in, head.batch, own.token[0]),
-                                       oldest_key(in, head.batch, own.token[1])};
-          hide_in_patch(scores, in, own, row, column, oldest);
+          Lane<int> oldest[2] = {0, 0};
+          if constexpr (!kInPairs)
+            for (int half = 0; half < 2; ++half) oldest[half] = oldest_key(in, head.batch, own.token[half]);
+          hide_in_patch(scores, in, own, row - own_row + warp.index(), column, oldest);
         });
-      };
-      for (; row <= seen.last && row < whole; ++row) visit_one();
-      for (; row < seen.last; row += 2)
-        visit(first, row - own_row, ChunkSlots<2>{{row - strip.first, row + 1 - strip.first}}, HidesNothing{});
-      if (row == seen.last) visit_one();
+        ++row;
+      }
     }
   }
 };
