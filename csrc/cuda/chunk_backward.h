@@ -8,7 +8,7 @@
 // kInPairs: chunks are taken in twos as far as they go. Not where first_key hides keys from some rows.
 #pragma once
 
-#include "backward.h"
+#include "chunk_gradients.h"
 #include "line_walk.h"
 #include "patch_walk.h"
 
@@ -18,146 +18,6 @@ template <class Plan>
 struct ChunkBackwardArguments {
   BackwardArguments backward;
   Plan plan;
-};
-
-// Of the two operands that own rows are, 168 registers have room for one.
-template <class E, int D>
-using SharedFragments = OwnFragments<E, D, false>;
-
-// Sums of sixteen queries beside chunks of keys and values.
-template <class E, int D>
-struct QueryGradients : QuerySums {
-  using Rows = PaddedTile<E, D>;
-  const RowFragments<E, D>& query;
-  const SharedFragments<E, D>& d_out;
-  const Rows keys, values;
-  const float scale2;
-  Sum d_q[D / kColumns];
-
-  TORUS_DEVICE QueryGradients(const RowFragments<E, D>& query, const SharedFragments<E, D>& d_out, const Rows& keys,
-                              const Rows& values, float scale2)
-      : query(query), d_out(d_out), keys(keys), values(values), scale2(scale2) {
-    zero_sums(d_q);
-  }
-
-  // Adds chunks to what `finish_delta` takes.
-  template <int kChunks, class Table, class Hide>
-  TORUS_DEVICE void add_delta(const Table& biases, int chunk, const ChunkSlots<kChunks>& slots, Hide hide) {
-    for_each_chunk(biases, chunk, slots, hide, [&](int, const Chunk& probs, const Chunk& d_probs) {
-      TORUS_UNROLL
-      for (int t = 0; t < kChunkTiles; ++t)
-        TORUS_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          total[i / 2] = total[i / 2] + probs[t].value[i];
-          products[i / 2] = products[i / 2] + probs[t].value[i] * d_probs[t].value[i];
-        }
-    });
-  }
-
-  // Adds them to d_q and d_decay, once delta is there.
-  template <int kChunks, class Table, class Hide>
-  TORUS_DEVICE void add_gradients(const Table& biases, const Table& squared, int chunk,
-                                  const ChunkSlots<kChunks>& slots, Hide hide) {
-    for_each_chunk(biases, chunk, slots, hide, [&](int c, const Chunk& probs, const Chunk& d_probs) {
-      const ChunkNumbers<kChunkTiles> distances(squared, chunk + c);
-      Chunk d_scores;
-      TORUS_UNROLL
-      for (int t = 0; t < kChunkTiles; ++t)
-        TORUS_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int half = i / 2;
-          d_scores[t].value[i] = probs[t].value[i] * (gate[half] * d_probs[t].value[i] - gated_delta[half]);
-          decay[half] = decay[half] + distances.at(t, half, i % 2) * d_scores[t].value[i];
-        }
-      multiply_gradients<E, D>(d_q, d_scores, keys, slots.at[c] * kChunkRows);
-    });
-  }
-
- private:
-  using Chunk = Sum[kChunkTiles];
-
-  // visit(c, P, dP), before P is divided by its sum.
-  template <int kChunks, class Table, class Hide, class Visit>
-  TORUS_DEVICE void for_each_chunk(const Table& table, int chunk, const ChunkSlots<kChunks>& slots, Hide hide,
-                                   Visit visit) {
-    TORUS_UNROLL
-    for (int c = 0; c < kChunks; ++c) {
-      const ChunkNumbers<kChunkTiles> biases(table, chunk + c);
-      Chunk probs, d_probs;
-      multiply_rows(probs, query, keys, slots.at[c] * kChunkRows);
-      multiply_rows(d_probs, d_out, values, slots.at[c] * kChunkRows);
-      hide(probs);
-      TORUS_UNROLL
-      for (int t = 0; t < kChunkTiles; ++t)
-        TORUS_UNROLL
-        for (int i = 0; i < 4; ++i)
-          probs[t].value[i] = exp2_of(probs[t].value[i] * scale2 + biases.at(t, i / 2, i % 2) -
-                                      lse2[i / 2]);
-      visit(c, probs, d_probs);
-    }
-  }
-};
-
-// What a stream of a query is to its keys; of no weight where there is no query.
-struct alignas(16) QueryNumbers {
-  float lse2, gate, delta;
-  int oldest;  // key that it sees
-};
-
-// Sums of sixteen keys beside chunks of queries. Two gradients of 128 channels leave no registers for own rows.
-template <class E, int D>
-struct KeyGradients {
-  using Rows = PaddedTile<E, D>;
-  using Own = OwnFragments<E, D, D <= 64>;
-  const Own& key;
-  const Own& value;
-  const Rows queries, d_out;
-  const Shared<QueryNumbers> numbers;
-  const float scale2;
-  Sum d_k[D / kColumns], d_v[D / kColumns];
-
-  TORUS_DEVICE KeyGradients(const Own& key, const Own& value, const Rows& queries, const Rows& d_out,
-                            const Shared<QueryNumbers>& numbers, float scale2)
-      : key(key), value(value), queries(queries), d_out(d_out), numbers(numbers), scale2(scale2) {
-    zero_sums(d_k);
-    zero_sums(d_v);
-  }
-
-  // hide(scores, row0): of queries from row0 on, those that do not see the keys.
-  template <int kChunks, class Table, class Hide>
-  TORUS_DEVICE void add(const Table& table, int chunk, const ChunkSlots<kChunks>& slots, Hide hide) {
-    if constexpr (kChunks == 2 && D > 64) {
-      for (int c = 0; c < kChunks; ++c)
-        add(table, chunk + c, ChunkSlots<1>{{c == 0 ? slots.at[0] : slots.at[1]}}, hide);
-      return;
-    }
-    TORUS_UNROLL
-    for (int c = 0; c < kChunks; ++c) {
-      const ChunkNumbers<kChunkTiles> biases(table, chunk + c);
-      const int row0 = slots.at[c] * kChunkRows;
-      Sum mixed[kChunkTiles], d_scores[kChunkTiles];
-      multiply_rows(mixed, key, queries, row0);
-      multiply_rows(d_scores, value, d_out, row0);
-      hide(mixed, row0);
-      TORUS_UNROLL
-      for (int t = 0; t < kChunkTiles; ++t)
-        TORUS_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const auto of_query = numbers.load(fragment_member() * 2 + (row0 + t * kColumns + i));
-          const Lane<float> lse2 = map([](QueryNumbers x) { return x.lse2; }, of_query);
-          const Lane<float> gate = map([](QueryNumbers x) { return x.gate; }, of_query);
-          const Lane<float> delta = map([](QueryNumbers x) { return x.delta; }, of_query);
-          TORUS_UNROLL
-          for (int at = i; at < 4; at += 2) {
-            const Lane<float> bias = biases.at(t, at / 2, i);
-            mixed[t].value[at] = exp2_of(mixed[t].value[at] * scale2 + bias - lse2) * gate;
-            d_scores[t].value[at] = mixed[t].value[at] * (d_scores[t].value[at] - delta);
-          }
-        }
-      multiply_depth<E, D>(d_v, left_of<E>(mixed[0], mixed[1]), d_out, row0);
-      multiply_depth<E, D>(d_k, left_of<E>(d_scores[0], d_scores[1]), queries, row0);
-    }
-  }
 };
 
 template <class E, int D, class Sweep, bool kInPairs>
@@ -170,7 +30,6 @@ struct ChunkQueryGradientsKernel {
   static constexpr int kMaxWarps = cuda::kMaxWarps;
   static constexpr int kMinBlocks = kChunkBlocks<D>;
   static constexpr int kChunkBytes = 2 * Rows::bytes(kChunkRows);
-
   static constexpr int kOwnBytes = Tile<E, D>::bytes(kOwnRows);
 
   static TORUS_INLINE constexpr int own_at(const Plan& plan) {
@@ -211,14 +70,16 @@ struct ChunkQueryGradientsKernel {
       warp.barrier();
       sweep.fill_table(biases, k, Bias{bias_slope(in, head, stream)});
       sweep.fill_table(squared, k, SquaredDistance{});
-      sweep.template run<kInPairs>(k, head, k == 0 || !sweep.keeps_rows(), bring,
-                [&](const Lane<int>& first, int chunk, const auto& slots, auto hide) {
-                  sums.add_delta(Table{biases, first}, chunk, slots, hide);
-                });
+      sweep.template run<kInPairs>(
+          k, head, k == 0 || !sweep.keeps_rows(), bring,
+          [&](const Lane<int>& first, int chunk, const auto& slots, auto hide) {
+            sums.add_delta(Table{biases, first}, chunk, slots, hide);
+          });
       sums.finish_delta(backward, head, token, stream);
-      sweep.template run<kInPairs>(k, head, !sweep.keeps_rows(), bring, [&](const Lane<int>& first, int chunk, const auto& slots, auto hide) {
-        sums.add_gradients(Table{biases, first}, Table{squared, first}, chunk, slots, hide);
-      });
+      sweep.template run<kInPairs>(
+          k, head, !sweep.keeps_rows(), bring, [&](const Lane<int>& first, int chunk, const auto& slots, auto hide) {
+            sums.add_gradients(Table{biases, first}, Table{squared, first}, chunk, slots, hide);
+          });
       sums.finish_decay(backward, head, token, stream);
     }
     write_gradient<E, D>(in, backward.d_q + head.local * in.tokens(),
@@ -237,7 +98,6 @@ struct ChunkKeyGradientsKernel {
   static constexpr int kMaxWarps = cuda::kMaxWarps;
   static constexpr int kNumberBytes = static_cast<int>(sizeof(QueryNumbers));
   static constexpr int kChunkBytes = 2 * Rows::bytes(kChunkRows) + kChunkRows * kNumberBytes;
-
   static constexpr int kOwnBytes = Tile<E, D>::bytes(kOwnRows);
 
   static TORUS_INLINE constexpr int own_at(const Plan& plan) {
@@ -261,9 +121,9 @@ struct ChunkKeyGradientsKernel {
     const auto numbers = warp.template shared<QueryNumbers>(2 * bytes, plan.rows());
     const auto biases = warp.template shared<FloatPair>(table_at, plan.table_size);
 
-    const int own_bytes = own_at(plan) + 2 * warp.index() * kOwnBytes;
-    typename KeyGradients<E, D>::Own key{{warp.template shared<E>(own_bytes, kOwnRows * D)}, {}};
-    typename KeyGradients<E, D>::Own value{{warp.template shared<E>(own_bytes + kOwnBytes, kOwnRows * D)}, {}};
+    const int key_at = own_at(plan) + 2 * warp.index() * kOwnBytes;
+    typename KeyGradients<E, D>::Own key{{warp.template shared<E>(key_at, kOwnRows * D)}, {}};
+    typename KeyGradients<E, D>::Own value{{warp.template shared<E>(key_at + kOwnBytes, kOwnRows * D)}, {}};
     copy_own_rows(in, warp, token, rows_of<const E>(in.k, first_head.batch, first_head.key_value), in.k.token,
                   key.tile);
     copy_own_rows(in, warp, token, rows_of<const E>(in.v, first_head.batch, first_head.key_value), in.v.token,
@@ -287,11 +147,13 @@ struct ChunkKeyGradientsKernel {
                                                kWarpLanes, row0, rows);
           bring_numbers(backward, head, stream, others, numbers, row0, rows);
         };
-        sweep.template run<kInPairs>(k, head, true, bring, [&](const Lane<int>& first, int chunk, const auto& slots, auto) {
-          sums.add(Table{biases, first}, chunk, slots, [&](Sum (&scores)[kChunkTiles], int row0) {
-            if constexpr (!kInPairs) hide_younger(scores, in.scale2, token, numbers, row0);
-          });
-        });
+        const auto hide = [&](Sum (&scores)[kChunkTiles], int row0) {
+          if constexpr (!kInPairs) hide_younger(scores, in.scale2, token, numbers, row0);
+        };
+        sweep.template run<kInPairs>(
+            k, head, true, bring, [&](const Lane<int>& first, int chunk, const auto& slots, auto) {
+              sums.add(Table{biases, first}, chunk, slots, hide);
+            });
       }
     }
     write_gradient<E, D>(in, backward.d_k + local * in.tokens(),
