@@ -30,7 +30,6 @@ from .operands import (
     TOKEN_ALPHA,
     TOKEN_WEIGHTS,
     accumulate_rows,
-    add_partials,
     base_of,
     inverse,
     load_alpha,
@@ -38,6 +37,7 @@ from .operands import (
     partial_of,
     row_sums_of,
     store_decay_sums,
+    sum_of_partials,
     takes_part,
 )
 
@@ -50,7 +50,9 @@ def _finish_rows(
 ):
     """Everything that ends with a row: gradients of queries, state and gates, and the program's part of the rest."""
     row = (batch.to(tl.int64) * heads + head) * seq_len + token
-    d_q = add_partials(d_q, operands.d_q, tl.num_programs(1), local_head, seq_len, token, valid, NUM_SLOTS, D, BLOCK_D)
+    d_q = d_q + sum_of_partials(
+        operands.d_q, tl.num_programs(1), local_head, seq_len, token, valid, NUM_SLOTS, D, BLOCK_D
+    )
     store_rows(base_of(results.d_q, batch, head), token, valid, results.d_q.token, d_q, D, BLOCK_D)
 
     stream = tl.arange(0, NUM_STREAMS)[None, :]

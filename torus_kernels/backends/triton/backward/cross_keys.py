@@ -23,31 +23,30 @@ from ..primitives.window import (
     tokens_on_axis,
     walk,
 )
-from .operands import accumulate_rows, add_partials, base_of, load_stream, partial_of, row_sums_of
+from .operands import base_of, load_stream, partial_of, row_sums_of, sum_of_partials
 
 
 @triton.jit
-def _key_gradients(
-    operands, batch, kv_head, heads, group, local_pair, seq_len, n_major, n_minor, scale, first_row, first_col, key_row,
-    key_col, key_token, key_valid, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v,
-    TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FLOW: tl.constexpr, BY_ROWS: tl.constexpr, GATES: tl.constexpr,
-    HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def _add_gradients(
+    d_k, d_v, operands, batch, kv_head, heads, group, local_pair, seq_len, n_major, n_minor, scale, first_row,
+    first_col, key_row, key_col, key_token, key_valid, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v,
+    TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FLOW: tl.constexpr, BY_ROWS: tl.constexpr, GROUPED: tl.constexpr,
+    GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE_U: tl.constexpr, TILE_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
-    """One flow: ``(d_k, d_v)`` of a tile of keys, from all query heads that read it."""
-    BLOCK_N: tl.constexpr = TILE_U * TILE_V
+    """``(d_k, d_v)`` and what one flow adds for a tile of keys, from all query heads that read it."""
     k = load_rows(base_of(operands.k, batch, kv_head), key_token, key_valid, operands.k.token, D, BLOCK_D)
     v = load_rows(base_of(operands.v, batch, kv_head), key_token, key_valid, operands.v.token, D, BLOCK_D)
     across_begin, across_end, along_begin, along_end = walk(
         first_row, num_rows, a_lo, a_hi, b_lo, b_hi, TOPOLOGY, BY_ROWS, TILE_U, TILE_V
     )
+    # A window has its own site at least. Without this, registers are kept for loops that make no turn.
+    tl.assume((across_begin < across_end) & (along_begin < along_end))
     across_site, along_site = across_along(key_row, key_col, BY_ROWS)
     across_lo, along_lo = across_along(a_lo, b_lo, BY_ROWS)
     across_hi, along_hi = across_along(a_hi, b_hi, BY_ROWS)
     across_unit, along_unit = across_along(unit_u, unit_v, BY_ROWS)
-    d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for member in range(group):
+    for member in range(group if GROUPED else 1):
         head = kv_head * group + member
         local_head = local_pair * group + member
         q_base, d_out_base = base_of(operands.q, batch, head), base_of(operands.d_out, batch, head)
@@ -80,7 +79,7 @@ def _key_gradients(
                 d_probs = dot_transposed(v, d_out, PRECISION)
                 d_v = dot_cast(weighted, d_out, PRECISION, d_v)
                 d_k = dot_cast(weighted * (d_probs - delta[None, :]), q, PRECISION, d_k)
-    return scale * d_k, d_v
+    return d_k, d_v
 
 
 @triton.jit(do_not_specialize=[
@@ -91,28 +90,29 @@ def cross_by_keys(
     operands, results, heads, group, seq_len, n_major, n_minor, scale, first_pair,
     num_rows, num_cols, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v,
     TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FLOW: tl.constexpr, BY_ROWS: tl.constexpr, FINISH: tl.constexpr,
-    SLOT: tl.constexpr, NUM_SLOTS: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr,
+    SLOT: tl.constexpr, NUM_SLOTS: tl.constexpr, ACCUMULATE: tl.constexpr, GROUPED: tl.constexpr, GATES: tl.constexpr,
     HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE_U: tl.constexpr, TILE_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     """One program: a tile of keys of one key/value head and one flow, for all query heads that read it.
 
-    ``FLOW`` and what becomes of the gradients are as in `cross_by_queries`.
+    ``FLOW`` and what becomes of the gradients are as in `cross_by_queries`; ``GROUPED`` where several heads read a key.
     """
-    BLOCK_N: tl.constexpr = TILE_U * TILE_V
     local_pair, num_pairs = tl.program_id(1), tl.num_programs(1)
     kv_heads = heads // group
     batch, kv_head = (first_pair + local_pair) // kv_heads, (first_pair + local_pair) % kv_heads
     first_row, first_col, row, col, token, valid = tile_sites(
         tl.program_id(0), n_minor, seq_len, num_rows, num_cols, TILE_U, TILE_V
     )
-    d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    # Sums begin with what is there: added at the end it would need registers beside both of them.
+    PARTIALS: tl.constexpr = NUM_SLOTS if FINISH else (1 if ACCUMULATE else 0)
+    d_k = sum_of_partials(operands.d_k, num_pairs, local_pair, seq_len, token, valid, PARTIALS, D, BLOCK_D)
+    d_v = sum_of_partials(operands.d_v, num_pairs, local_pair, seq_len, token, valid, PARTIALS, D, BLOCK_D)
     if FLOW >= 0:
-        d_k, d_v = _key_gradients(
-            operands, batch, kv_head, heads, group, local_pair, seq_len, n_major, n_minor, scale, first_row, first_col,
-            row, col, token, valid, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v, TOPOLOGY, STREAMS, FLOW, BY_ROWS,
-            GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, TILE_U, TILE_V, BLOCK_M,
+        d_k, d_v = _add_gradients(
+            d_k, d_v, operands, batch, kv_head, heads, group, local_pair, seq_len, n_major, n_minor, scale, first_row,
+            first_col, row, col, token, valid, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v, TOPOLOGY, STREAMS,
+            FLOW, BY_ROWS, GROUPED, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, TILE_U, TILE_V, BLOCK_M,
         )
         zero = hidden_zero(seq_len)
         local_pair += zero
@@ -121,12 +121,11 @@ def cross_by_keys(
             tl.program_id(0) + zero, n_minor, seq_len, num_rows, num_cols, TILE_U, TILE_V
         )
     if FINISH:
-        d_k = add_partials(d_k, operands.d_k, num_pairs, local_pair, seq_len, token, valid, NUM_SLOTS, D, BLOCK_D)
-        d_v = add_partials(d_v, operands.d_v, num_pairs, local_pair, seq_len, token, valid, NUM_SLOTS, D, BLOCK_D)
-        store_rows(base_of(results.d_k, batch, kv_head), token, valid, results.d_k.token, d_k, D, BLOCK_D)
-        store_rows(base_of(results.d_v, batch, kv_head), token, valid, results.d_v.token, d_v, D, BLOCK_D)
+        d_k_base, d_v_base = base_of(results.d_k, batch, kv_head), base_of(results.d_v, batch, kv_head)
+        store_rows(d_k_base, token, valid, results.d_k.token, scale * d_k, D, BLOCK_D)
+        store_rows(d_v_base, token, valid, results.d_v.token, d_v, D, BLOCK_D)
     else:
         d_k_base = partial_of(operands.d_k, SLOT, num_pairs, local_pair, seq_len, D)
         d_v_base = partial_of(operands.d_v, SLOT, num_pairs, local_pair, seq_len, D)
-        accumulate_rows(d_k_base, token, valid, d_k, ACCUMULATE, D, BLOCK_D)
-        accumulate_rows(d_v_base, token, valid, d_v, ACCUMULATE, D, BLOCK_D)
+        store_rows(d_k_base, token, valid, D, d_k, D, BLOCK_D)
+        store_rows(d_v_base, token, valid, D, d_v, D, BLOCK_D)

@@ -76,11 +76,28 @@ _LINES = {
     (False, 128): (16, Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1)),
     (False, 256): (16, Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
 }
+# Where mma.sync needs more registers than wgmma.
+_EARLY_LINES = {(True, 128): (32, Blocks(32, 32, 2, 1), Blocks(64, 64, 8, 1))}
+# By the first blocks of queries, those that share the cost of a block of keys where lines are long enough.
+_LONG_LINES = {Blocks(64, 32, 4, 2): Blocks(128, 32, 8, 2), Blocks(32, 32, 2, 1): Blocks(128, 32, 8, 1)}
 
 
-def line_launches(lattice: TorusLattice, seq_len: int, head_dim: int, dtype: torch.dtype) -> tuple[LineLaunch, ...]:
+def _fills_long_blocks(families: tuple[LineFamily, ...], by_queries: Blocks) -> bool:
+    """Whether `_LONG_LINES` has blocks for lines that leave hardly a row of them idle. Where time is open, more queries
+    to a block are more scores that nobody sees: they pay only for blocks that are very small otherwise."""
+    return by_queries in _LONG_LINES and all(
+        family.length >= 128 if by_queries.block_m < 64
+        else family.form != OPEN_PAST.value and family.length % 128 == 0
+        for family in families
+    )
+
+
+def line_launches(
+    lattice: TorusLattice, seq_len: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> tuple[LineLaunch, ...]:
     """Families whose lines fit a block of keys, then the longer ones."""
-    limit, by_queries, by_keys = _LINES[dtype != torch.float32, max(64, block_d(head_dim))]
+    tiles = _LINES if capability >= (9, 0) else _LINES | _EARLY_LINES
+    limit, by_queries, by_keys = tiles[dtype != torch.float32, max(64, block_d(head_dim))]
     families = line_families(lattice, seq_len)
     short = tuple(family for family in families if family.length <= limit)
     long = tuple(family for family in families if family.length > limit)
@@ -90,10 +107,8 @@ def line_launches(lattice: TorusLattice, seq_len: int, head_dim: int, dtype: tor
         warps = 4 if dtype == torch.float32 else block // 16
         launches.append(LineLaunch(short, Blocks(block, block, warps, by_keys.num_stages), None))
     if long:
-        if by_queries == Blocks(64, 32, 4, 2) and all(
-            family.form != OPEN_PAST.value and family.length % 128 == 0 for family in long
-        ):
-            by_queries = Blocks(128, 32, 8, 2)  # what a block of keys costs is shared by twice the queries
+        if _fills_long_blocks(long, by_queries):
+            by_queries = _LONG_LINES[by_queries]
         launches.append(LineLaunch(long, by_keys, by_queries))
     return tuple(launches)
 
@@ -114,7 +129,9 @@ def cross_launches(
     if dtype == torch.float32:
         keys = queries._replace(num_warps=8)  # each with half the products to unroll
         queries = keys if wide > 32 else queries
-    elif light and capability < (9, 0):
+    elif 64 < wide <= 128 and capability >= (9, 0):
+        keys = keys._replace(block=16)  # a step of 32 spills beside two sums of 128 channels
+    elif light and causal and capability < (9, 0):
         keys = keys._replace(across=2, num_stages=2)  # mma.sync would take more registers than there are
     return queries, keys
 
@@ -172,7 +189,7 @@ def _plan(
     lattice: TorusLattice, batch: int, kv_heads: int, group: int, seq_len: int, head_dim: int, dtype: torch.dtype,
     device: torch.device, precision: str, gates: int, has_first_key: bool,
 ) -> _Plan:
-    launches = line_launches(lattice, seq_len, head_dim, dtype)
+    launches = line_launches(lattice, seq_len, head_dim, dtype, capability(device))
     flows = cross_flows(lattice, seq_len)
     crosses = [cross_launches(flow.width, head_dim, dtype, lattice.is_causal, capability(device)) for flow in flows]
     tiles = [flow.tiles(queries.across, queries.along) for flow, (queries, _) in zip(flows, crosses, strict=True)]
@@ -214,11 +231,12 @@ def _plan(
             tile_u, tile_v = flow.tile(cross.across, cross.along)
             numbers = (line_part + sum(tiles[:place]), programs) if owns_queries else ()
             num_tiles = flow.tiles(cross.across, cross.along)
+            grouped = {} if owns_queries else {"GROUPED": group > 1}
             cross_calls.append((kernel, owns_queries, num_tiles, (*numbers, *flow.arguments), {
                 "FLOW": flow.stream, "BY_ROWS": flow.by_rows, "FINISH": place == len(flows) - 1,
                 "SLOT": num_families if apart else 0, "NUM_SLOTS": slots, "ACCUMULATE": not apart and num_families > 0,
                 "TILE_U": tile_u, "TILE_V": tile_v, "num_warps": cross.num_warps, "num_stages": cross.num_stages,
-                block: cross.block, **shared,
+                block: cross.block, **grouped, **shared,
             }))
     return _Plan(slots, chunk, programs, tiles[-1], tuple(line_calls), tuple(cross_calls))
 

@@ -67,15 +67,16 @@ def _row_sums(probs, d_probs, squared, gate, sums, valid, decay_sum, WHOLE_LINE:
 
 @triton.jit
 def _visit(
-    operands, batch, head, heads, local_head, seq_len, scale, slot, num_heads, line, shape, begin, k, v, key_position,
-    d_k, d_v, decay_sum, partner_decay_sum,
+    operands, batch, head, heads, local_head, seq_len, scale, family, num_heads, line, shape, begin, k, v,
+    key_position, d_k, d_v, decay_sum, partner_decay_sum,
     ARCS: tl.constexpr, FORM: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, WHOLE_LINE: tl.constexpr,
-    FULL_BLOCKS: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    FULL_BLOCKS: tl.constexpr, FAMILIES: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr,
+    HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     """One block of queries of one head: what it adds to ``d_k``, ``d_v`` and the sums of ``rho^2 dS``.
 
-    ``shape`` is that of the line, as `line_of` gives it.
+    ``shape`` is that of the line, as `line_of` gives it; FAMILIES are those that have slots.
     """
     loop, stride, slope, num_lines, length, max_step, unit, stream, start = shape
     position = begin + tl.arange(0, BLOCK_M)
@@ -114,18 +115,31 @@ def _visit(
             partner_probs, d_probs, squared, partner_gate, sums + 1, valid, partner_decay_sum, WHOLE_LINE
         )
     delta, gate, decay_sum = _row_sums(probs, d_probs, squared, gate, sums, valid, decay_sum, WHOLE_LINE)
-    weighted = _along_queries(gate, WHOLE_LINE) * probs
-    d_scores = weighted * (d_probs - _along_queries(delta, WHOLE_LINE))
-    if ARCS:
-        partner_weighted = _along_queries(partner_gate, WHOLE_LINE) * partner_probs
-        weighted += partner_weighted
-        d_scores += partner_weighted * (d_probs - _along_queries(partner_delta, WHOLE_LINE))
+    if ARCS and not WHOLE_LINE and k.dtype != tl.float32:
+        # Fewer instructions than below, and more registers at once.
+        weighted = gate[None, :] * probs + partner_gate[None, :] * partner_probs
+        d_scores = weighted * d_probs - (
+            (gate * delta)[None, :] * probs + (partner_gate * partner_delta)[None, :] * partner_probs
+        )
+    else:
+        weighted = _along_queries(gate, WHOLE_LINE) * probs
+        d_scores = weighted * (d_probs - _along_queries(delta, WHOLE_LINE))
+        if ARCS:
+            partner_weighted = _along_queries(partner_gate, WHOLE_LINE) * partner_probs
+            weighted += partner_weighted
+            d_scores += partner_weighted * (d_probs - _along_queries(partner_delta, WHOLE_LINE))
     if WHOLE_LINE:
-        d_v = dot_cast(tl.trans(weighted.to(k.dtype)), d_out, PRECISION, d_v)
-        d_k = dot_cast(tl.trans(d_scores.to(k.dtype)), q, PRECISION, d_k)
+        # The gradient that takes the score gradients twice comes first, and is written before the others are made: they
+        # need the score gradients only rounded.
+        weighted = weighted.to(k.dtype)
         d_q = scale * dot_twice(d_scores, k, PRECISION)  # [BLOCK_M, D]
-        d_q_base = partial_of(operands.d_q, slot, num_heads, local_head, seq_len, D)
-        accumulate_rows(d_q_base + start * D, place, valid, d_q, ACCUMULATE, D, BLOCK_D)
+        zero = hidden_zero(seq_len)
+        position = begin + zero + tl.arange(0, BLOCK_M)
+        place = tokens_along(line, position, stride, slope, num_lines, ARCS or TOPOLOGY == CAUSAL)
+        d_q_base = partial_of(operands.d_q, slot_of(family + zero, FAMILIES), num_heads, local_head, seq_len, D)
+        accumulate_rows(d_q_base + start * D, place, position < length, d_q, ACCUMULATE, D, BLOCK_D)
+        d_v = dot_cast(tl.trans(weighted), d_out, PRECISION, d_v)
+        d_k = dot_cast(tl.trans(d_scores.to(k.dtype)), q, PRECISION, d_k)
     else:
         d_v = dot_cast(weighted, d_out, PRECISION, d_v)
         d_k = dot_cast(d_scores, q, PRECISION, d_k)
@@ -134,11 +148,11 @@ def _visit(
 
 @triton.jit
 def _keys_of_line(
-    operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program, num_programs, slot,
+    operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program, num_programs,
     family, line, block,
     ARCS: tl.constexpr, FORM: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, WHOLE_LINE: tl.constexpr,
-    ONE_VISIT: tl.constexpr, FULL_BLOCKS: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr,
-    HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ONE_VISIT: tl.constexpr, FULL_BLOCKS: tl.constexpr, FAMILIES: tl.constexpr, ACCUMULATE: tl.constexpr,
+    GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     local_pair, num_pairs = tl.program_id(1), tl.num_programs(1)
@@ -158,11 +172,17 @@ def _keys_of_line(
     if ONE_VISIT:
         # One query head and one block of queries: the sums need not live in registers while the tile is computed.
         d_k, d_v, decay_sum, partner_decay_sum = _visit(
-            operands, batch, kv_head, heads, local_pair, seq_len, scale, slot, num_pairs, line, shape, 0, k, v,
+            operands, batch, kv_head, heads, local_pair, seq_len, scale, family, num_pairs, line, shape, 0, k, v,
             key_position, None, None, decay_sum, decay_sum, ARCS, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, FULL_BLOCKS,
-            ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M,
+            FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M,
         )
-        store_decay_sums(operands, batch * heads + kv_head, program, num_programs, stream,
+        # What follows from the line's family is computed anew: it need not be held meanwhile.
+        zero = hidden_zero(seq_len)
+        family += zero
+        _, _, _, _, _, _, unit, stream, _ = line_of(
+            family, line, n_major + zero, n_minor + zero, winding, seq_len, ARCS, FORM, TOPOLOGY
+        )
+        store_decay_sums(operands, first_pair + local_pair, program, num_programs, stream,
                          unit * tl.sum(decay_sum, axis=0), unit * tl.sum(partner_decay_sum, axis=0))
     else:
         d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -179,9 +199,9 @@ def _keys_of_line(
             partner_decay_sum = tl.zeros([BLOCK_M], tl.float32)
             for begin in range(query_begin, query_end, BLOCK_M):
                 d_k, d_v, decay_sum, partner_decay_sum = _visit(
-                    operands, batch, head, heads, local_pair * group + member, seq_len, scale, slot,
+                    operands, batch, head, heads, local_pair * group + member, seq_len, scale, family,
                     num_pairs * group, line, shape, begin, k, v, key_position, d_k, d_v, decay_sum, partner_decay_sum,
-                    ARCS, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, FULL_BLOCKS, ACCUMULATE, GATES, HAS_FIRST_KEY,
+                    ARCS, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, FULL_BLOCKS, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY,
                     PRECISION, D, BLOCK_D, BLOCK_M,
                 )
             if WHOLE_LINE:
@@ -189,9 +209,10 @@ def _keys_of_line(
                                  unit * tl.sum(decay_sum, axis=0), unit * tl.sum(partner_decay_sum, axis=0))
     key_position = first_key_position + hidden_zero(seq_len) + tl.arange(0, BLOCK_N)
     key_place = tokens_along(line, key_position, stride, slope, num_lines, ARCS or TOPOLOGY == CAUSAL)
+    slot = slot_of(family, FAMILIES)
     d_k_base = partial_of(operands.d_k, slot, num_pairs, local_pair, seq_len, D)
     d_v_base = partial_of(operands.d_v, slot, num_pairs, local_pair, seq_len, D)
-    accumulate_rows(d_k_base + start * D, key_place, key_position < length, scale * d_k, ACCUMULATE, D, BLOCK_D)
+    accumulate_rows(d_k_base + start * D, key_place, key_position < length, d_k, ACCUMULATE, D, BLOCK_D)
     accumulate_rows(d_v_base + start * D, key_place, key_position < length, d_v, ACCUMULATE, D, BLOCK_D)
 
 
@@ -213,26 +234,25 @@ def lines_by_keys(
     family, line, block = line_program(
         tl.program_id(0), n_major, n_minor, winding, seq_len, TOPOLOGY, GRID_FAMILIES, BLOCK_N, 1
     )
-    slot = slot_of(family, FAMILIES)
     FORM: tl.constexpr = CLOSED if TOPOLOGY == PERIODIC else (OPEN_PAST if TOPOLOGY == CAUSAL else OPEN_BOTH)
     if family > MINOR:
         if GRID_FAMILIES & 12:
             _keys_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program,
-                num_programs, slot, family, line, block, False, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, ONE_VISIT,
-                FULL_BLOCKS, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                num_programs, family, line, block, False, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, ONE_VISIT,
+                FULL_BLOCKS, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
             )
     elif (TOPOLOGY == CYLINDER) & (family == MINOR):
         if TOPOLOGY == CYLINDER and GRID_FAMILIES & 2:
             _keys_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program,
-                num_programs, slot, family, line, block, True, CLOSED, TOPOLOGY, STREAMS, WHOLE_LINE, ONE_VISIT,
-                FULL_BLOCKS, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                num_programs, family, line, block, True, CLOSED, TOPOLOGY, STREAMS, WHOLE_LINE, ONE_VISIT,
+                FULL_BLOCKS, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
             )
     else:
         if GRID_FAMILIES & 3:
             _keys_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program,
-                num_programs, slot, family, line, block, True, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, ONE_VISIT,
-                FULL_BLOCKS, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                num_programs, family, line, block, True, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, ONE_VISIT,
+                FULL_BLOCKS, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
             )

@@ -49,7 +49,7 @@ class Operands(NamedTuple):
     row_sums: Tensor  # float32 [chunk, T, ROW_SUMS], a chunk of query heads
     decay_sums: Tensor  # float32 [B * H, programs, 8]: sum rho^2 dS
     d_q: Tensor  # float32 [slots, chunk, T, D]: sums of the line families and of the first of two cross flows
-    d_k: Tensor  # the same, a chunk of key/value heads
+    d_k: Tensor  # the same, a chunk of key/value heads; to be multiplied by the scale
     d_v: Tensor
 
 
@@ -140,15 +140,14 @@ def partial_of(workspace, slot, count, local, seq_len, D: tl.constexpr):
 
 
 @triton.jit
-def add_partials(
-    rows, workspace, count, local, seq_len, token, valid, NUM_SLOTS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+def sum_of_partials(
+    workspace, count, local, seq_len, token, valid, NUM_SLOTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """``rows`` and what earlier launches left for them, summed in their order."""
-    total = tl.zeros_like(rows)
+    """What earlier launches left for rows ``[BLOCK, BLOCK_D]`` in their slots, summed in their order."""
+    total = tl.zeros([token.shape[0], BLOCK_D], tl.float32)
     for slot in tl.static_range(NUM_SLOTS):
         total += load_rows(partial_of(workspace, slot, count, local, seq_len, D), token, valid, D, D, BLOCK_D)
-    return total + rows
+    return total
 
 
 @triton.jit

@@ -235,11 +235,10 @@ def arcs(steps, loop, max_step, FORM: tl.constexpr):
         backward = side >= 0
         distance = half - tl.abs(beyond)
     elif FORM == OPEN_PAST:
-        near = (loop // 2).to(tl.float32)
+        near = tl.minimum(loop // 2, max_step).to(tl.float32)
         far = (loop - loop // 2).to(tl.float32)
-        in_reach = (steps >= 0) & (steps <= max_step.to(tl.float32))
-        forward = in_reach & (steps <= near)
-        backward = in_reach & ((steps == 0) | (steps >= far))
+        forward = (steps >= 0) & (steps <= near)
+        backward = (steps == 0) | ((steps >= far) & (steps <= max_step.to(tl.float32)))
         distance = steps
     else:
         forward = steps >= 0
