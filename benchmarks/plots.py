@@ -109,6 +109,7 @@ def write_roofline(report: Report, path: Path) -> None:
 def write_growth(report: Report, path: Path) -> None:
     """Time per token over the number of tokens, a panel for each dtype and direction."""
     groups = list(dict.fromkeys((case.dtype, case.direction) for case in report.cases()))
+    sizes = sorted({tokens_of(case.workload) for case in report.cases()})
     figure, panels = _panels(report, [", ".join(group) for group in groups])
     for group, axes in zip(groups, panels.values(), strict=True):
         for place, name in enumerate(report.columns()):
@@ -119,6 +120,7 @@ def write_growth(report: Report, path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set(yscale="log", xlabel="tokens", ylabel="microseconds a token")
         _plain_numbers(axes)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.legend(fontsize=7)
     _save(figure, path)
 
