@@ -47,9 +47,9 @@ def cuda():
     return require_backend("cuda")
 
 
-def problem_of(cuda, case: str, dtype: torch.dtype):
+def problem_of(case: str):
     lattice, seq_len, head_dim = CASES[case]
-    return make_problem(lattice, seq_len, heads=2, kv_heads=1, head_dim=head_dim).to(dtype, cuda.device)
+    return make_problem(lattice, seq_len, heads=2, kv_heads=1, head_dim=head_dim)
 
 
 def check_output(cuda, problem) -> None:
@@ -62,23 +62,20 @@ def check_output(cuda, problem) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=label)
 @pytest.mark.parametrize("case", CASES)
 def test_error_budget(cuda, case, dtype):
-    check_output(cuda, problem_of(cuda, case, dtype))
+    check_output(cuda, problem_of(case).to(dtype, cuda.device))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients(cuda, case):
-    """By queries and by keys; three query heads to a key/value head, where chunks of keys meet several of them."""
-    lattice, seq_len, head_dim = CASES[case]
-    heads = 3 if "left over" in case or "time" in case else 1
-    problem = make_problem(lattice, seq_len, heads=heads, kv_heads=1, head_dim=head_dim)
-    check_precision(cuda, problem, torch.bfloat16)
+    """By queries and by keys, which meet both query heads of their group."""
+    check_precision(cuda, problem_of(case), torch.bfloat16)
 
 
 @pytest.mark.parametrize("case", ["closed lines that are resident", "arcs far back in time", "patches",
                                   "patches in time"])
 def test_scores_that_grow(cuda, case):
     """Exponents beyond any first maximum, by hundreds."""
-    problem = problem_of(cuda, case, torch.float16)
+    problem = problem_of(case).to(torch.float16, cuda.device)
     growth = torch.linspace(0.0, 8.0, problem.q.shape[2], device=problem.q.device, dtype=problem.q.dtype)[:, None]
     check_output(cuda, problem.replace(k=problem.k * growth, q=problem.q * 2))
     check_output(cuda, problem.replace(k=problem.k * growth.flip(0), q=problem.q * 2))
@@ -87,7 +84,7 @@ def test_scores_that_grow(cuda, case):
 @pytest.mark.parametrize("case", ["closed lines that are resident", "open in time", "patches", "patches in time"])
 def test_statistics_leave_the_output_as_it_is(cuda, case):
     """Two chunks at a time, or one: to the bit the same, whichever rows ask for a new maximum."""
-    problem = problem_of(cuda, case, torch.bfloat16)
+    problem = problem_of(case).to(torch.bfloat16, cuda.device)
     growth = torch.linspace(0.0, 6.0, problem.q.shape[2], device=problem.q.device, dtype=problem.q.dtype)[:, None]
     for changed in (problem, problem.replace(k=problem.k * growth)):
         assert torch.equal(cuda.attention(**changed.arguments()),
@@ -96,7 +93,7 @@ def test_statistics_leave_the_output_as_it_is(cuda, case):
 
 @pytest.mark.parametrize("case", ["open in time", "patches in time"])
 def test_no_row_depends_on_the_others_of_its_warp(cuda, case):
-    problem = problem_of(cuda, case, torch.bfloat16)
+    problem = problem_of(case).to(torch.bfloat16, cuda.device)
     out = cuda.attention(**problem.arguments())
     for t in (130, 217, 311):
         later = {name: getattr(problem, name).clone() for name in ("q", "k", "v")}
@@ -108,8 +105,7 @@ def test_no_row_depends_on_the_others_of_its_warp(cuda, case):
 
 @pytest.mark.parametrize("case", ["open in time", "arcs far back in time", "patches in time", "one flow"])
 def test_first_key(cuda, case):
-    lattice, seq_len, head_dim = CASES[case]
-    problem = make_problem(lattice, seq_len, heads=2, kv_heads=1, head_dim=head_dim)
+    problem = problem_of(case)
     starts = torch.tensor([0, 33, 100, 301])
-    document = torch.bucketize(torch.arange(seq_len), starts, right=True) - 1
+    document = torch.bucketize(torch.arange(problem.q.shape[2]), starts, right=True) - 1
     check_precision(cuda, problem.replace(first_key=starts[document][None]), torch.bfloat16)

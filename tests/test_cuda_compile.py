@@ -144,8 +144,10 @@ def test_instructions_per_score_of_the_backward(kernels):
         for sweep, products in sweeps.items():
             turns = turns_of(code, products * head_dim // 4)
             assert turns, (sweep, code.describe())
-            assert min(per_score(code, turn) for turn in turns) <= MAX_PER_SCORE_BACKWARD[sweep][head_dim], (
-                sweep, code.describe())
+            most = max(turn.count("MUFU.EX2") for turn in turns)
+            for turn in turns:
+                if turn.count("MUFU.EX2") == most:
+                    assert per_score(code, turn) <= MAX_PER_SCORE_BACKWARD[sweep][head_dim], (sweep, code.describe())
 
 
 def test_instructions_per_score_of_everything_else(codes):

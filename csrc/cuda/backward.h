@@ -108,10 +108,4 @@ TORUS_DEVICE void write_gradient(const Operands& in, float* workspace, E* rows, 
               });
 }
 
-template <int D>
-TORUS_DEVICE void zero_sums(Sum (&sums)[D]) {
-  TORUS_UNROLL
-  for (int t = 0; t < D; ++t) sums[t] = zero_sum();
-}
-
 }  // namespace torus::cuda

@@ -57,11 +57,7 @@ struct ChunkQueryGradientsKernel {
     copy_own_rows(in, warp, token, rows_of<const E>(in.d_out, head.batch, head.query), in.d_out.token, d_out.tile);
     QueryGradients<E, D> sums(query, d_out, keys, values, in.scale2);
     const auto bring = [&](const Lane<int>& others, int row0, int rows) {
-      copy_rows<2 * kChunkRows, 2, Rows>(in, others,
-                                         {rows_of<const E>(in.k, head.batch, head.key_value),
-                                          rows_of<const E>(in.v, head.batch, head.key_value)},
-                                         {in.k.token, in.v.token}, {keys, values}, lane_index(), kWarpLanes, row0,
-                                         rows);
+      bring_keys<E, D>(in, head, others, {keys, values}, row0, rows);
     };
 
     for (int k = 0; k < in.schedule.num_streams; ++k) {

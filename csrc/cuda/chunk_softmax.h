@@ -48,8 +48,7 @@ struct ChunkSoftmax : SoftmaxSums {
 
   TORUS_DEVICE ChunkSoftmax(const RowFragments<E, D>& query, const Rows& keys, const Rows& values, float scale2)
       : query(query), keys(keys), values(values), scale2(scale2) {
-    TORUS_UNROLL
-    for (int t = 0; t < D / kColumns; ++t) out[t] = zero_sum();
+    zero_sums(out);
   }
 
   // The queries' own chunk, before any other: every row sees something of it.

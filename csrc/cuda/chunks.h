@@ -6,7 +6,7 @@
 
 namespace torus::cuda {
 
-constexpr int kChunkRows = 16;
+constexpr int kChunkRows = kOwnRows;
 constexpr int kChunkTiles = kChunkRows / kColumns;
 static_assert(kChunkRows == kDepth, "a chunk is the depth of one product");
 
@@ -32,6 +32,16 @@ struct RowFragments {
   }
   TORUS_DEVICE const Left<E>& operator()(int k) const { return held[k]; }
 };
+
+// Begins to copy keys and values of the tokens in its lanes, up to two chunks, into rows from row0 on.
+template <class E, int D>
+TORUS_DEVICE void bring_keys(const Operands& in, const Head& head, const Lane<int>& token,
+                             const PaddedTile<E, D> (&to)[2], int row0, int rows) {
+  copy_rows<2 * kChunkRows, 2, PaddedTile<E, D>>(in, token,
+                                                 {rows_of<const E>(in.k, head.batch, head.key_value),
+                                                  rows_of<const E>(in.v, head.batch, head.key_value)},
+                                                 {in.k.token, in.v.token}, to, lane_index(), kWarpLanes, row0, rows);
+}
 
 // Where chunks that are neighbours lie in shared memory.
 template <int kChunks>

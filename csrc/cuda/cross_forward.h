@@ -39,11 +39,8 @@ struct CrossForwardKernel {
     };
     const RowFragments<E, D> query(in, rows_of<const E>(in.q, head.batch, head.query), in.q.token, own.token);
     ChunkSoftmax<E, D> first(query, keys, values, in.scale2), second(query, keys, values, in.scale2);
-    const E* const from[2] = {rows_of<const E>(in.k, head.batch, head.key_value),
-                              rows_of<const E>(in.v, head.batch, head.key_value)};
     const auto bring = [&](const Lane<int>& token, int row0, int rows) {
-      copy_rows<2 * kChunkRows, 2, Rows>(in, token, from, {in.k.token, in.v.token}, {keys, values}, lane_index(),
-                                         kWarpLanes, row0, rows);
+      bring_keys<E, D>(in, head, token, {keys, values}, row0, rows);
     };
 
     for (int k = 0; k < kMaxStreams; ++k)
@@ -58,15 +55,15 @@ struct CrossForwardKernel {
       const auto visit_stream = [&](int k, ChunkSoftmax<E, D>& softmax) {
         const Chunks seen = plan.reach[k].rows.shifted(warp.index()).within(strip);
         if (plan.reach[k].columns.has(column))
-          visit(warp, in, head.batch, plan, own, column, seen, strip.first, {pairs_of(k), first_place(column)}, softmax);
+          visit(warp, in, head.batch, plan, own, column, seen, strip.first, {pairs_of(k), first_place(column)},
+                softmax);
       };
       visit_stream(0, first);
       visit_stream(1, second);
     }
 
     Sum y[D / kColumns];
-    TORUS_UNROLL
-    for (int t = 0; t < D / kColumns; ++t) y[t] = zero_sum();
+    zero_sums(y);
     const auto finish = [&](int k, ChunkSoftmax<E, D>& softmax) {
       softmax.finish();
       mix_stream<D>(in, head, own.token, k, softmax, softmax.out, y);
@@ -103,7 +100,8 @@ struct CrossForwardKernel {
     }
     int row = seen.first;
     while (true) {
-      while (kInPairs && row < seen.last && row >= whole && !(in_own_column && (row == own_row || row + 1 == own_row)) &&
+      while (kInPairs && row < seen.last && row >= whole &&
+             !(in_own_column && (row == own_row || row + 1 == own_row)) &&
              softmax.template add_chunks<2>(table, row - own_row, {row - top, row + 1 - top}))
         row += 2;
       if (row > seen.last) break;

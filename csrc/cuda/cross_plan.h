@@ -11,7 +11,8 @@
 
 namespace torus::cuda {
 
-constexpr int kPatch = 4;        // sites of a side
+constexpr int kPatch = 4;          // sites of a side
+static_assert(kPatch * kPatch == kOwnRows, "a patch is what a warp owns");
 constexpr int kMaxPatchReach = 2;  // patches that a flow may see on any side
 constexpr int kMaxDisplacement = kPatch * kMaxPatchReach + kPatch - 1;
 constexpr int kPatchTableRow = 2 * kMaxDisplacement + 2;  // an even number: rows of a warp half lie in different banks
@@ -35,7 +36,7 @@ struct CrossPlan {
   int sign;         // of displacements, own row less other row, in those of queries from keys
   PatchReach reach[kMaxStreams];
 
-  static TORUS_INLINE constexpr int rows() { return kStripPatches * kPatch * kPatch; }
+  static TORUS_INLINE constexpr int rows() { return kStripPatches * kOwnRows; }
   TORUS_INLINE constexpr int column_of(int block) const { return by_blocks.quotient(block); }
   TORUS_INLINE constexpr int first_row_of(int block) const { return by_blocks.remainder(block) * warps; }
 

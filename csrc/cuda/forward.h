@@ -14,8 +14,7 @@ struct StreamState : SoftmaxSums {
   Sum out[D / kColumns];
 
   TORUS_DEVICE StreamState() {
-    TORUS_UNROLL
-    for (int t = 0; t < D / kColumns; ++t) out[t] = zero_sum();
+    zero_sums(out);
   }
 
   template <int kTiles>
@@ -125,8 +124,7 @@ struct ForwardKernel {
         });
 
     Sum y[D / kColumns];
-    TORUS_UNROLL
-    for (int t = 0; t < D / kColumns; ++t) y[t] = zero_sum();
+    zero_sums(y);
     TORUS_UNROLL
     for (int k = 0; k < kMaxStreams; ++k) {
       if (k >= schedule.num_streams) continue;

@@ -32,6 +32,11 @@ TORUS_DEVICE Lane<int> fragment_group() { return lane_index() / 4; }
 TORUS_DEVICE Lane<int> fragment_member() { return lane_index() % 4; }
 
 TORUS_DEVICE Sum zero_sum() { return {{0.0f, 0.0f, 0.0f, 0.0f}}; }
+template <int kCount>
+TORUS_DEVICE void zero_sums(Sum (&sums)[kCount]) {
+  TORUS_UNROLL
+  for (int t = 0; t < kCount; ++t) sums[t] = zero_sum();
+}
 
 #if !defined(__CUDACC__)
 

@@ -44,16 +44,12 @@ struct LineForwardKernel {
     Lane<int> oldest[2];
     if constexpr (!kInPairs)
       for (int half = 0; half < 2; ++half) oldest[half] = oldest_key(in, head.batch, own.token[half]);
-    const E* const from[2] = {rows_of<const E>(in.k, head.batch, head.key_value),
-                              rows_of<const E>(in.v, head.batch, head.key_value)};
     const auto bring = [&](const Lane<int>& token, int row0, int rows) {
-      copy_rows<2 * kLineChunk, 2, Rows>(in, token, from, {in.k.token, in.v.token}, {keys, values}, lane_index(),
-                                         kWarpLanes, row0, rows);
+      bring_keys<E, D>(in, head, token, {keys, values}, row0, rows);
     };
 
     Sum y[D / kColumns];
-    TORUS_UNROLL
-    for (int t = 0; t < D / kColumns; ++t) y[t] = zero_sum();
+    zero_sums(y);
     for (int k = 0; k < schedule.num_streams; ++k) {
       const Reach& reach = plan.reach[k];
       const LineTable table{pairs, first_place(reach)};

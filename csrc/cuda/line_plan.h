@@ -1,10 +1,10 @@
-// How the kernels of lines walk: which chunks of sixteen other rows sixteen own rows see, and in which stretches a block
-// brings them into shared memory. Own rows are queries and the others keys, or the other way round where the schedule
-// is mirrored.
+// How the kernels of lines walk: which chunks of sixteen other rows sixteen own rows see, and in which stretches a
+// block brings them into shared memory. Own rows are queries and the others keys, or the other way round where the
+// schedule is mirrored.
 //
 // Chunks are counted along the line from the block's first one, below zero what lies before it; on a closed line they
-// go on around the loop. What a chunk shows of a stream depends only on how far it is from the queries' own one: that
-// is the lattice's translation invariance, and one table of biases serves all warps of all blocks.
+// go on around the loop. What a chunk shows of a stream depends only on how far it is from the own one: that is the
+// lattice's translation invariance, and one table of biases serves all warps of all blocks.
 #pragma once
 
 #include "schedule.h"

@@ -116,10 +116,11 @@ struct LineSweep {
         }
         for (; chunk <= seen.last; ++chunk, at = next_slot(walk, at))
           visit(first, chunk - own_chunk, ChunkSlots<1>{{at}}, [&](Sum (&scores)[kChunkTiles]) {
-            if constexpr (kInPairs) return;
-            const Lane<int> oldest[2] = {oldest_key(in, head.batch, own.token[0]),
-                                         oldest_key(in, head.batch, own.token[1])};
-            hide_on_line(scores, in, own.place, own.place.position + chunk * kLineChunk, oldest);
+            if constexpr (!kInPairs) {
+              const Lane<int> oldest[2] = {oldest_key(in, head.batch, own.token[0]),
+                                           oldest_key(in, head.batch, own.token[1])};
+              hide_on_line(scores, in, own.place, own.place.position + chunk * kLineChunk, oldest);
+            }
           });
       }
     } while (walk.next());

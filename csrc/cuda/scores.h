@@ -54,8 +54,7 @@ template <int kTiles, class Own, class Others>
 TORUS_DEVICE void multiply_rows(Sum (&sums)[kTiles], const Own& own, const Others& others, int row0) {
   static_assert(kTiles % 2 == 0, "others are loaded sixteen at a time");
   using E = typename Others::Element;
-TORUS_UNROLL
-  for (int t = 0; t < kTiles; ++t) sums[t] = zero_sum();
+  zero_sums(sums);
 TORUS_UNROLL
   for (int k = 0; k < Others::kWidth / kDepth; ++k) {
     const Left<E> left = own(k);
