@@ -101,11 +101,11 @@ TORUS_DEVICE void multiply_gradients(Sum (&out)[D / kColumns], const Sum (&sums)
 template <class E, int D>
 TORUS_DEVICE void write_gradient(const Operands& in, float* workspace, E* rows, int64_t stride,
                                  const Lane<int> (&token)[2], const Sum (&sums)[D / kColumns], float factor) {
-  add_rows<D>(in, workspace, token, sums,
-              [&](int, const Lane<int>& row, const Lane<int>& pair, const Lane<bool>& where, const Lane<float>& low,
-                  const Lane<float>& high) {
-                store_pair(rows, pair_index(row, stride, pair), low * factor, high * factor, where);
-              });
+  add_rows<D>(in, workspace, token, sums, [&](const Sum (&total)[D / kColumns]) {
+    for_each_pair<D>(in, token, stride, [&](int half, int t, const Lane<int64_t>& at, const Lane<bool>& where) {
+      store_pair(rows, at, total[t].value[2 * half] * factor, total[t].value[2 * half + 1] * factor, where);
+    });
+  });
 }
 
 }  // namespace torus::cuda

@@ -139,8 +139,7 @@ struct ChunkKeyGradientsKernel {
             copy_rows<2 * kChunkRows, 2, Rows>(in, others,
                                                {rows_of<const E>(in.q, head.batch, head.query),
                                                 rows_of<const E>(in.d_out, head.batch, head.query)},
-                                               {in.q.token, in.d_out.token}, {queries, d_out}, lane_index(),
-                                               kWarpLanes, row0, rows);
+                                               {in.q.token, in.d_out.token}, {queries, d_out}, 0, 1, row0, rows);
           bring_numbers(backward, head, stream, others, numbers, row0, rows);
         };
         const auto hide = [&](Sum (&scores)[kChunkTiles], int row0) {

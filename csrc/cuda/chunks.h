@@ -40,7 +40,7 @@ TORUS_DEVICE void bring_keys(const Operands& in, const Head& head, const Lane<in
   copy_rows<2 * kChunkRows, 2, PaddedTile<E, D>>(in, token,
                                                  {rows_of<const E>(in.k, head.batch, head.key_value),
                                                   rows_of<const E>(in.v, head.batch, head.key_value)},
-                                                 {in.k.token, in.v.token}, to, lane_index(), kWarpLanes, row0, rows);
+                                                 {in.k.token, in.v.token}, to, 0, 1, row0, rows);
 }
 
 // Where chunks that are neighbours lie in shared memory.

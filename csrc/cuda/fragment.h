@@ -166,6 +166,8 @@ struct Tile {
   static constexpr int kWidth = D;
   static constexpr int kChunk = 8;
   static constexpr int kChunks = D / kChunk;
+  static constexpr int kPitch = D;
+  static constexpr bool kAffine = false;  // places are not pitch * row + a column's
   static TORUS_INLINE constexpr int bytes(int rows) { return rows * D * static_cast<int>(sizeof(E)); }
 
   Shared<E> data;
@@ -210,6 +212,7 @@ struct PaddedTile {
   static constexpr int kChunk = 8;
   static constexpr int kChunks = D / kChunk;
   static constexpr int kPitch = D + kChunk;
+  static constexpr bool kAffine = true;
   static TORUS_INLINE constexpr int bytes(int rows) { return rows * kPitch * static_cast<int>(sizeof(E)); }
 
   Shared<E> data;

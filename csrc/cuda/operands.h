@@ -108,25 +108,32 @@ struct OwnRows {
 };
 
 // Begins to copy rows of some tensors into tiles, from row0 on: row r, of `rows`, is that of the token in lane r, zeros
-// where there is none and in columns beyond head_dim. `thread` of `threads` takes its share of chunks of 16 bytes.
+// where there is none and in columns beyond head_dim. Of the turns, in each of which a lane copies 16 bytes of a row,
+// part `part` of `parts`. What is added to addresses from turn to turn is the same in all lanes and known to the
+// compiler, but for the token; what does not exist is read from where something does, and not copied.
 template <int kCount, int kSources, class T, class E = typename T::Element>
 TORUS_DEVICE void copy_rows(const Operands& in, const Lane<int>& token, const E* const (&from)[kSources],
-                            const int64_t (&stride)[kSources], const T (&to)[kSources], const Lane<int>& thread,
-                            int threads, int row0 = 0, int rows = kCount) {
+                            const int64_t (&stride)[kSources], const T (&to)[kSources], int part = 0, int parts = 1,
+                            int row0 = 0, int rows = kCount) {
+  constexpr int kRowsOfTurn = kWarpLanes / T::kChunks;
   static_assert(kCount <= kWarpLanes, "a lane for every row");
-  Lane<int64_t> offset[kSources];
+  static_assert(kCount % kRowsOfTurn == 0 && kOwnRows % kRowsOfTurn == 0, "every turn copies whole rows");
+  const Lane<int> row = lane_index() / T::kChunks, chunk = lane_index() % T::kChunks;
+  const Lane<bool> exists = chunk * T::kChunk < in.head_dim;
+  const Lane<int> column = select(exists, chunk * T::kChunk, 0);
+  const Lane<int> to_row0 = T::at(row + row0, chunk);
   TORUS_UNROLL
-  for (int s = 0; s < kSources; ++s)
-    offset[s] = select(token >= 0, index_of(token) * stride[s], Lane<int64_t>(int64_t{-1}));
-  for (int first = 0; first < rows * T::kChunks; first += threads) {
-    const Lane<int> item = thread + first;
-    const Lane<int> row = item / T::kChunks, chunk = item % T::kChunks;
-    const Lane<bool> exists = chunk * T::kChunk < in.head_dim, wanted = item < rows * T::kChunks;
-    const Lane<int64_t> column = cast<int64_t>(chunk * T::kChunk);
+  for (int turn = 0; turn < kCount / kRowsOfTurn; ++turn) {
+    const int first = (turn * parts + part) * kRowsOfTurn;
+    if (first >= rows) break;
+    const Lane<int> here = shuffle(token, row + first);
+    const Lane<bool> there = exists && here >= 0;
+    const Lane<int> place = select(here >= 0, here, 0);
     TORUS_UNROLL
     for (int s = 0; s < kSources; ++s) {
-      const Lane<int64_t> here = shuffle(offset[s], row % kWarpLanes);
-      copy_async(to[s].data, T::at(row + row0, chunk), from[s], here + column, exists && here >= int64_t{0}, wanted);
+      const auto address = [&](int c, int t) { return from[s] + c + static_cast<uint32_t>(t) * stride[s]; };
+      copy_async(to[s].data, T::kAffine ? to_row0 + first * T::kPitch : T::at(row + (row0 + first), chunk),
+                 map(address, column, place), there);
     }
   }
 }
@@ -137,7 +144,7 @@ TORUS_DEVICE void copy_own_rows(const Operands& in, const Warp& warp, const Lane
                                 int64_t stride, const Tile<E, D>& to) {
   const Lane<int> row = lane_index() % kOwnRows, source = row % 8 * 4;
   const Lane<int> token_of_row = select(row < 8, shuffle(token[0], source), shuffle(token[1], source));
-  copy_rows<kOwnRows, 1, Tile<E, D>>(in, token_of_row, {from}, {stride}, {to}, lane_index(), kWarpLanes);
+  copy_rows<kOwnRows, 1, Tile<E, D>>(in, token_of_row, {from}, {stride}, {to});
   warp.commit_copies();
   warp.template wait_copies<0>();
   warp.sync();
@@ -157,8 +164,7 @@ template <int kSources, class E, int D>
 TORUS_DEVICE void copy_others(const Operands& in, const Warp& warp, const Lane<int>& token,
                               const E* const (&from)[kSources], const int64_t (&stride)[kSources],
                               const Tile<E, D> (&to)[kSources]) {
-  copy_rows<kOtherRows, kSources, Tile<E, D>>(in, token, from, stride, to,
-                                              lane_index() + warp.index() * kWarpLanes, warp.count() * kWarpLanes);
+  copy_rows<kOtherRows, kSources, Tile<E, D>>(in, token, from, stride, to, warp.index(), warp.count());
 }
 
 // Walks over the block's tiles of others in two buffers: stage(tile, buffer) begins to copy one while

@@ -71,24 +71,27 @@ template <class E, int D>
 TORUS_DEVICE void write_outputs(const ForwardArguments& arguments, const Head& head, const Lane<int> (&token)[2],
                                 const Sum (&y)[D / kColumns]) {
   const Operands& in = arguments.in;
-  E* const out = rows_of<E>(arguments.out, head.batch, head.query);
-  const bool compounds = in.state.data != nullptr;
-  const E* const state = rows_of<const E>(in.state, head.batch, head.query);
-  Lane<float> alpha[2];
-  for (int half = 0; half < 2; ++half)
-    alpha[half] = in.ends && compounds ? load_parameter(in.alpha, head, token[half], 0) : Lane<float>(1.0f);
-  add_rows<D>(in, arguments.y + head.local * in.tokens(), token, y,
-              [&](int half, const Lane<int>& row, const Lane<int>& pair, const Lane<bool>& where, Lane<float> low,
-                  Lane<float> high) {
-                if (compounds) {
-                  const auto before = load_pair(state, pair_index(row, in.state.token, pair), where);
-                  const Lane<float> low_before = map([](uint32_t x) { return low_of<E>(x); }, before);
-                  const Lane<float> high_before = map([](uint32_t x) { return high_of<E>(x); }, before);
-                  low = low_before + alpha[half] * (low - low_before);
-                  high = high_before + alpha[half] * (high - high_before);
-                }
-                store_pair(out, pair_index(row, arguments.out.token, pair), low, high, where);
-              });
+  add_rows<D>(in, arguments.y + head.local * in.tokens(), token, y, [&](Sum (&total)[D / kColumns]) {
+    if (in.state.data != nullptr) {
+      const E* const state = rows_of<const E>(in.state, head.batch, head.query);
+      const Lane<float> alpha[2] = {load_parameter(in.alpha, head, token[0], 0),
+                                    load_parameter(in.alpha, head, token[1], 0)};
+      for_each_pair<D>(in, token, in.state.token,
+                       [&](int half, int t, const Lane<int64_t>& at, const Lane<bool>& where) {
+                         const auto mix = [&](Lane<float>& x, const Lane<float>& before) {
+                           x = before + alpha[half] * (x - before);
+                         };
+                         const auto before = load_pair(state, at, where);
+                         mix(total[t].value[2 * half], map([](uint32_t x) { return low_of<E>(x); }, before));
+                         mix(total[t].value[2 * half + 1], map([](uint32_t x) { return high_of<E>(x); }, before));
+                       });
+    }
+    E* const out = rows_of<E>(arguments.out, head.batch, head.query);
+    for_each_pair<D>(in, token, arguments.out.token,
+                     [&](int half, int t, const Lane<int64_t>& at, const Lane<bool>& where) {
+                       store_pair(out, at, total[t].value[2 * half], total[t].value[2 * half + 1], where);
+                     });
+  });
 }
 
 }  // namespace torus::cuda

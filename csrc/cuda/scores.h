@@ -187,43 +187,39 @@ TORUS_DEVICE void store_pair(E* rows, const Lane<int64_t>& at, const Lane<float>
         where);
 }
 
-// Adds rows of float32 sums [16, D] up in a workspace of [T, head_dim], or, where they are complete, hands them on:
-// finish(half, token, pair, where, low, high) of columns 2 pair and 2 pair + 1.
+// visit(half, t, at, where) for the pairs of columns that a lane has of rows [16, D] as sums: `at` of the pair in sum t,
+// counted in pairs, in a tensor whose tokens are so many elements apart.
+template <int D, class Visit>
+TORUS_DEVICE void for_each_pair(const Operands& in, const Lane<int> (&token)[2], int64_t stride, Visit visit) {
+  TORUS_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const Lane<int64_t> first = pair_index(token[half], stride, fragment_member());
+    // Columns beyond head_dim, a multiple of kColumns, are missing in all lanes.
+    TORUS_UNROLL
+    for (int t = 0; t < D / kColumns; ++t)
+      visit(half, t, first + int64_t{1} * t * (kColumns / 2), token[half] >= 0 && t * kColumns < in.head_dim);
+  }
+}
+
+// Adds rows of float32 sums [16, D] up in a workspace of [T, head_dim] or, where they are complete, calls finish(sums).
 template <int D, class Finish>
 TORUS_DEVICE void add_rows(const Operands& in, float* workspace, const Lane<int> (&token)[2],
                            const Sum (&sums)[D / kColumns], Finish finish) {
   FloatPair* const pairs = reinterpret_cast<FloatPair*>(workspace);
-  const Lane<int64_t> first[2] = {pair_index(token[0], in.head_dim, fragment_member()),
-                                  pair_index(token[1], in.head_dim, fragment_member())};
-  // visit(half, sum, place in the workspace, where) of the lane's pairs.
-  const auto for_each_pair = [&](auto visit) {
-    TORUS_UNROLL
-    for (int half = 0; half < 2; ++half)
-      TORUS_UNROLL
-      for (int t = 0; t < D / kColumns; ++t)
-        // Columns beyond head_dim, a multiple of kColumns, are missing in all lanes.
-        visit(half, t, first[half] + int64_t{1} * t * (kColumns / 2), token[half] >= 0 && t * kColumns < in.head_dim);
-  };
   Sum total[D / kColumns];
   TORUS_UNROLL
   for (int t = 0; t < D / kColumns; ++t) total[t] = sums[t];
   if (!in.begins)
-    for_each_pair([&](int half, int t, const Lane<int64_t>& at, const Lane<bool>& where) {
+    for_each_pair<D>(in, token, in.head_dim, [&](int half, int t, const Lane<int64_t>& at, const Lane<bool>& where) {
       const Lane<FloatPair> before = load(pairs, at, where, FloatPair{0.0f, 0.0f});
       total[t].value[2 * half] = total[t].value[2 * half] + map([](FloatPair two) { return two.low; }, before);
       total[t].value[2 * half + 1] = total[t].value[2 * half + 1] + map([](FloatPair two) { return two.high; }, before);
     });
-  if (in.ends) {
-    for_each_pair([&](int half, int t, const Lane<int64_t>&, const Lane<bool>& where) {
-      finish(half, token[half], fragment_member() + t * (kColumns / 2), where, total[t].value[2 * half],
-             total[t].value[2 * half + 1]);
-    });
-  } else {
-    for_each_pair([&](int half, int t, const Lane<int64_t>& at, const Lane<bool>& where) {
-      const auto pair = [](float low, float high) { return FloatPair{low, high}; };
-      store(pairs, at, map(pair, total[t].value[2 * half], total[t].value[2 * half + 1]), where);
-    });
-  }
+  if (in.ends) return finish(total);
+  for_each_pair<D>(in, token, in.head_dim, [&](int half, int t, const Lane<int64_t>& at, const Lane<bool>& where) {
+    const auto pair = [](float low, float high) { return FloatPair{low, high}; };
+    store(pairs, at, map(pair, total[t].value[2 * half], total[t].value[2 * half + 1]), where);
+  });
 }
 
 }  // namespace torus::cuda

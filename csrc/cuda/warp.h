@@ -108,15 +108,14 @@ struct Warp {
 
 #endif
 
-// Begins to copy 16 bytes in every lane where `wanted`: from base[source], or zeros where not `there`.
+// Begins to copy 16 bytes in every lane: from `from`, which may be read in any case, or zeros where not `there`.
 template <class T>
-TORUS_DEVICE void copy_async(const Shared<T>& to, const Lane<int>& index, const T* base, const Lane<int64_t>& source,
-                             const Lane<bool>& there, const Lane<bool>& wanted) {
+TORUS_DEVICE void copy_async(const Shared<T>& to, const Lane<int>& index, const Lane<const T*>& from,
+                             const Lane<bool>& there) {
 #if defined(__CUDACC__)
-  if (wanted) to.copy_async(index, base + (there ? source : 0), there);
+  to.copy_async(index, from, there);
 #else
-  for (int i = 0; i < kWarpLanes; ++i)
-    if (wanted[i]) to.copy_async(i, index[i], there[i] ? base + source[i] : nullptr);
+  for (int i = 0; i < kWarpLanes; ++i) to.copy_async(i, index[i], there[i] ? from[i] : nullptr);
 #endif
 }
 

@@ -62,9 +62,9 @@ struct FragmentKernel {
     const Plain plain{warp.template shared<E>(T::bytes(kTileRows), kTileRows * D)};
     for (int item = 0; item < kTileRows * T::kChunks; item += kWarpLanes) {
       const Lane<int> at = lane_index() + item, row = at / T::kChunks, chunk = at % T::kChunks;
-      const Lane<int64_t> from = cast<int64_t>(at * T::kChunk);
-      copy_async(tile.data, T::at(row, chunk), a.tile, from, true, true);
-      copy_async(plain.data, Plain::at(row, chunk), a.tile, from, true, true);
+      const Lane<const E*> from = map([&](int element) { return a.tile + element; }, at * T::kChunk);
+      copy_async(tile.data, T::at(row, chunk), from, true);
+      copy_async(plain.data, Plain::at(row, chunk), from, true);
     }
     warp.commit_copies();
     warp.template wait_copies<0>();
@@ -236,7 +236,7 @@ Shared<float> words(const Warp& warp) { return warp.shared<float>(0, 64); }
 void write_own(const Warp& warp) { words(warp).store(lane_index() + warp.index() * 32, 1.0f, true); }
 void read_next(const Warp& warp) { words(warp).load((lane_index() + warp.index() * 32 + 1) % 64); }
 void copy_first(const Warp& warp) {
-  copy_async(words(warp), Lane<int>(0), kZeros, Lane<int64_t>(0), true, lane_index() == 0 && warp.index() == 0);
+  if (warp.index() == 0) words(warp).copy_async(0, 0, kZeros);
 }
 
 void check_faults() {
