@@ -25,7 +25,8 @@ void launch_family(const ForwardArguments& arguments, const Lattice& lattice, in
   const Schedule& schedule = arguments.in.schedule;
   // What a query gets is to the bit the same in pairs and without.
   const bool in_pairs = arguments.entropy == nullptr && arguments.in.first_key == nullptr;
-  if (schedule.is_cross) {
+  const bool by_chunks = shifts_products(arguments.in);
+  if (by_chunks && schedule.is_cross) {
     const CrossForwardArguments cross{arguments, cross_plan(lattice, schedule, schedule.seq_len)};
     if (cross.plan.fits) {
       if (in_pairs) {
@@ -36,7 +37,7 @@ void launch_family(const ForwardArguments& arguments, const Lattice& lattice, in
       return;
     }
   }
-  if (!schedule.is_cross) {
+  if (by_chunks && !schedule.is_cross) {
     using Kernel = LineForwardKernel<E, D, true>;
     const LineForwardArguments lines{arguments, line_plan(lattice, schedule, schedule.seq_len, Kernel::kChunkBytes)};
     if (lines.plan.fits) {

@@ -4,7 +4,8 @@
 // exponential is not small: the maximum of the first chunk, or of any later one in which the exponentials of a row come
 // to more than kHeadroom. So the loop that almost all scores go through looks for no maximum and never rescales; it
 // leaves a chunk that is too large to `add_chunk`. Whether one is depends on the row's own scores alone, and both add a
-// row's chunks up in the same order: what a query gets depends on no other.
+// row's chunks up in the same order: what a query gets depends on no other. The number is not subtracted either: in
+// units of q . k it is what the products begin with.
 #pragma once
 
 #include "chunks.h"
@@ -25,15 +26,15 @@ TORUS_DEVICE void add_biases(Sum (&scores)[kChunkTiles], const ChunkNumbers<kTil
       scores[t].value[i] = scores[t].value[i] * scale2 + biases.at(first_tile + t, i / 2, i % 2);
 }
 
-// 2^(x - from) in place of x, and sums over a lane's columns, one after another.
-TORUS_DEVICE void exponentiate(Sum (&x)[kChunkTiles], const Lane<float> (&from)[2], Lane<float> (&sums)[2]) {
+// 2^x in place of x, and sums over a lane's columns, one after another.
+TORUS_DEVICE void exponentiate(Sum (&x)[kChunkTiles], Lane<float> (&sums)[2]) {
   TORUS_UNROLL
   for (int half = 0; half < 2; ++half)
     TORUS_UNROLL
     for (int t = 0; t < kChunkTiles; ++t)
       TORUS_UNROLL
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        x[t].value[i] = exp2_of(x[t].value[i] - from[half]);
+        x[t].value[i] = exp2_of(x[t].value[i]);
         sums[half] = t + i == 2 * half ? x[t].value[i] : sums[half] + x[t].value[i];
       }
 }
@@ -43,40 +44,44 @@ struct ChunkSoftmax : SoftmaxSums {
   using Rows = PaddedTile<E, D>;
   const RowFragments<E, D>& query;
   const Rows keys, values;
-  const float scale2;
+  const ScoreScale scale;
+  RowStart level;  // exponents are taken from -level, in units of q . k; products with keys begin with it
   Sum out[D / kColumns];
 
-  TORUS_DEVICE ChunkSoftmax(const RowFragments<E, D>& query, const Rows& keys, const Rows& values, float scale2)
-      : query(query), keys(keys), values(values), scale2(scale2) {
+  TORUS_DEVICE ChunkSoftmax(const RowFragments<E, D>& query, const Rows& keys, const Rows& values,
+                            const ScoreScale& scale)
+      : query(query), keys(keys), values(values), scale(scale) {
     zero_sums(out);
   }
 
-  // The queries' own chunk, before any other: every row sees something of it.
-  template <class Table>
-  TORUS_DEVICE void begin(const Table& table, int slot) {
+  // The queries' own chunk, before any other: every row sees something of it. hide(scores) makes those of hidden pairs
+  // -inf once they are scaled.
+  template <class Table, class Hide>
+  TORUS_DEVICE void begin(const Table& table, int slot, bool with_spread, Hide hide) {
     Sum x[kChunkTiles];
     multiply_rows(x, query, keys, slot * kChunkRows);
-    add_biases(x, ChunkNumbers<kChunkTiles>(table, 0), 0, scale2);
-    TORUS_UNROLL
-    for (int half = 0; half < 2; ++half) maximum[half] = anchor(quad_maximum(highest(x, half)));
-    exponentiate(x, maximum, total);
-    multiply_depth<E, D>(out, left_of<E>(x[0], x[1]), values, slot * kChunkRows);
+    hide(x);
+    add_biases(x, ChunkNumbers<kChunkTiles>(table, 0), 0, scale.factor);
+    level = RowStart(anchor(quad_maximum(highest(x, 0))) * -scale.inverse,
+                     anchor(quad_maximum(highest(x, 1))) * -scale.inverse);
+    const Lane<float> shift[2] = {level.of_row(0) * -scale.factor, level.of_row(1) * -scale.factor};
+    add_exponentials(x, shift, with_spread, slot);
   }
 
   // Neighbouring chunks that lie in slots, the first so far from the queries' own; false, and nothing done, where their
-  // exponentials are too large. Not before there is a maximum.
+  // exponentials are too large.
   template <int kChunks, class Table>
   TORUS_DEVICE bool add_chunks(const Table& table, int chunk, const int (&slots)[kChunks]) {
     Sum e[kChunks][kChunkTiles];
     Lane<float> sums[kChunks][2];
     TORUS_UNROLL
-    for (int c = 0; c < kChunks; ++c) multiply_rows(e[c], query, keys, slots[c] * kChunkRows);
+    for (int c = 0; c < kChunks; ++c) multiply_rows(e[c], query, keys, slots[c] * kChunkRows, level);
     const ChunkNumbers<kChunks * kChunkTiles> biases(table, chunk);
     Lane<bool> large = false;
     TORUS_UNROLL
     for (int c = 0; c < kChunks; ++c) {
-      add_biases(e[c], biases, c * kChunkTiles, scale2);
-      exponentiate(e[c], maximum, sums[c]);
+      add_biases(e[c], biases, c * kChunkTiles, scale.factor);
+      exponentiate(e[c], sums[c]);
       large = large || sums[c][0] > kHeadroom || sums[c][1] > kHeadroom;
     }
     if (any(large)) return false;
@@ -89,51 +94,60 @@ struct ChunkSoftmax : SoftmaxSums {
     return true;
   }
 
-  // One chunk, whatever its scores; hide(scores) makes those of hidden pairs -inf once they are scaled.
+  // One chunk, whatever its scores.
   template <class Table, class Hide>
   TORUS_DEVICE void add_chunk(const Table& table, int chunk, int slot, bool with_spread, Hide hide) {
     Sum x[kChunkTiles], e[kChunkTiles];
-    Lane<float> sums[2], kept[2], from[2];
-    multiply_rows(x, query, keys, slot * kChunkRows);
+    Lane<float> sums[2], shift[2], kept[2];
+    multiply_rows(x, query, keys, slot * kChunkRows, level);
     hide(x);
-    add_biases(x, ChunkNumbers<kChunkTiles>(table, chunk), 0, scale2);
-    TORUS_UNROLL
-    for (int half = 0; half < 2; ++half) from[half] = anchor(maximum[half]);
+    add_biases(x, ChunkNumbers<kChunkTiles>(table, chunk), 0, scale.factor);
     copy(e, x);
-    exponentiate(e, from, sums);
+    exponentiate(e, sums);
     TORUS_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const Lane<float> before = maximum[half];
-      const Lane<bool> grows = before == kNegativeInfinity || quad_maximum(sums[half]) > kHeadroom;
-      maximum[half] = select(grows, quad_maximum(highest(x, half)), before);
-      const Lane<float> shift = from[half];
-      from[half] = anchor(maximum[half]);
-      kept[half] = exp2_of(before - from[half]);
-      if (with_spread) spread[half] = (spread[half] + total[half] * (shift - from[half])) * kept[half];
-    }
-    copy(e, x);
-    exponentiate(e, from, sums);
-    TORUS_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      total[half] = total[half] * kept[half] + sums[half];
-      if (!with_spread) continue;
-      TORUS_UNROLL
-      for (int t = 0; t < kChunkTiles; ++t)
-        TORUS_UNROLL
-        for (int i = 2 * half; i < 2 * half + 2; ++i)
-          spread[half] = spread[half] + select(e[t].value[i] == 0.0f, Lane<float>(0.0f),
-                                               e[t].value[i] * (x[t].value[i] - from[half]));
+      shift[half] = select(quad_maximum(sums[half]) > kHeadroom, quad_maximum(highest(x, half)), Lane<float>(0.0f));
+      kept[half] = exp2_of(-shift[half]);
+      spread[half] = (spread[half] - total[half] * shift[half]) * kept[half];
+      total[half] = total[half] * kept[half];
     }
     if (any(kept[0] != 1.0f || kept[1] != 1.0f)) {
+      level = RowStart(level.of_row(0) - shift[0] * scale.inverse, level.of_row(1) - shift[1] * scale.inverse);
       TORUS_UNROLL
       for (int t = 0; t < D / kColumns; ++t)
         TORUS_UNROLL
         for (int i = 0; i < 4; ++i) out[t].value[i] = out[t].value[i] * kept[i / 2];
     }
-    multiply_depth<E, D>(out, left_of<E>(e[0], e[1]), values, slot * kChunkRows);
+    add_exponentials(x, shift, with_spread, slot);
+  }
+
+  TORUS_DEVICE void finish() {
+    for (int half = 0; half < 2; ++half) maximum[half] = level.of_row(half) * -scale.factor;
+    SoftmaxSums::finish();
   }
 
  private:
+  TORUS_DEVICE void add_exponentials(Sum (&x)[kChunkTiles], const Lane<float> (&shift)[2], bool with_spread, int slot) {
+    Sum e[kChunkTiles];
+    Lane<float> sums[2];
+    TORUS_UNROLL
+    for (int t = 0; t < kChunkTiles; ++t)
+      TORUS_UNROLL
+      for (int i = 0; i < 4; ++i) x[t].value[i] = x[t].value[i] - shift[i / 2];
+    copy(e, x);
+    exponentiate(e, sums);
+    TORUS_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      total[half] = total[half] + sums[half];
+      if (!with_spread) continue;
+      TORUS_UNROLL
+      for (int t = 0; t < kChunkTiles; ++t)
+        TORUS_UNROLL
+        for (int i = 2 * half; i < 2 * half + 2; ++i)
+          spread[half] = spread[half] + select(e[t].value[i] == 0.0f, Lane<float>(0.0f), e[t].value[i] * x[t].value[i]);
+    }
+    multiply_depth<E, D>(out, left_of<E>(e[0], e[1]), values, slot * kChunkRows);
+  }
   // Of a row's columns in a lane.
   static TORUS_DEVICE Lane<float> highest(const Sum (&x)[kChunkTiles], int half) {
     Lane<float> result = kNegativeInfinity;

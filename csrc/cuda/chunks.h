@@ -33,6 +33,26 @@ struct RowFragments {
   TORUS_DEVICE const Left<E>& operator()(int k) const { return held[k]; }
 };
 
+// In units of q . k and back: factors of scores in base 2.
+struct ScoreScale {
+  float factor, inverse;
+
+  TORUS_DEVICE explicit ScoreScale(const Operands& in) : factor(in.scale2), inverse(1.0f / in.scale2) {}
+};
+
+// What products with own rows begin with: a number of each of a lane's two rows, which is added to scores for nothing.
+// Its place in a sum is four registers. Copied there, two would be copied before every product; by a shuffle among
+// lanes that have the same, the compiler keeps all four.
+struct RowStart {
+  Sum start;
+
+  TORUS_DEVICE RowStart() : start(zero_sum()) {}
+  TORUS_DEVICE RowStart(const Lane<float>& first, const Lane<float>& second)
+      : start{{first, shuffle_xor(first, 1), second, shuffle_xor(second, 1)}} {}
+  TORUS_DEVICE const Lane<float>& of_row(int half) const { return start.value[2 * half]; }
+  TORUS_DEVICE const Sum& operator()(int) const { return start; }
+};
+
 // Begins to copy keys and values of the tokens in its lanes, up to two chunks, into rows from row0 on.
 template <class E, int D>
 TORUS_DEVICE void bring_keys(const Operands& in, const Head& head, const Lane<int>& token,

@@ -38,7 +38,8 @@ struct CrossForwardKernel {
       return warp.template shared<FloatPair>(kTableAt + k * kPatchTableBytes, kPatchTable);
     };
     const RowFragments<E, D> query(in, rows_of<const E>(in.q, head.batch, head.query), in.q.token, own.token);
-    ChunkSoftmax<E, D> first(query, keys, values, in.scale2), second(query, keys, values, in.scale2);
+    const ScoreScale scale(in);
+    ChunkSoftmax<E, D> first(query, keys, values, scale), second(query, keys, values, scale);
     const auto bring = [&](const Lane<int>& token, int row0, int rows) {
       bring_keys<E, D>(in, head, token, {keys, values}, row0, rows);
     };
@@ -81,23 +82,17 @@ struct CrossForwardKernel {
                                  ChunkSoftmax<E, D>& softmax) {
     const int own_row = warp.index();
     const int whole = plan.in_time ? first_whole_row(in, plan, own, column) : seen.first;
-    const auto add = [&](int row) {
-      softmax.add_chunk(table, row - own_row, row - top, !kInPairs, [&](Sum (&scores)[kChunkTiles]) {
+    const auto hide_in = [&](int row) {
+      return [&, row](Sum (&scores)[kChunkTiles]) {
         if (row >= whole) return;
         Lane<int> oldest[2] = {0, 0};
         if constexpr (!kInPairs)
           for (int half = 0; half < 2; ++half) oldest[half] = oldest_key(in, batch, own.token[half]);
         hide_in_patch(scores, in, own, row, column, oldest);
-      });
+      };
     };
     const bool in_own_column = column == 0;
-    if (in_own_column) {
-      if constexpr (kInPairs) {
-        softmax.begin(table, own_row - top);
-      } else {
-        add(own_row);
-      }
-    }
+    if (in_own_column) softmax.begin(table, own_row - top, !kInPairs, hide_in(own_row));
     int row = seen.first;
     while (true) {
       while (kInPairs && row < seen.last && row >= whole &&
@@ -107,7 +102,7 @@ struct CrossForwardKernel {
       if (row > seen.last) break;
       if (!(in_own_column && row == own_row))
         if (!kInPairs || row < whole || !softmax.template add_chunks<1>(table, row - own_row, {row - top}))
-          add(row);
+          softmax.add_chunk(table, row - own_row, row - top, !kInPairs, hide_in(row));
       ++row;
     }
   }

@@ -60,34 +60,41 @@ void unpack(const Right<E>& right, float (*matrix)[kColumns]) {
 
 #endif
 
-// sum += left * right
+// sum = start + left * right
 template <class E>
-TORUS_DEVICE void multiply(Sum& sum, const Left<E>& left, const Right<E>& right) {
+TORUS_DEVICE void multiply(Sum& sum, const Left<E>& left, const Right<E>& right, const Sum& start) {
 #if defined(__CUDACC__)
-  float* const c = sum.value;
+  float* const d = sum.value;
+  const float* const c = start.value;
   if constexpr (std::is_same_v<E, BFloat16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(left.reg[0]), "r"(left.reg[1]), "r"(left.reg[2]), "r"(left.reg[3]), "r"(right.reg[0]), "r"(right.reg[1]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(left.reg[0]), "r"(left.reg[1]), "r"(left.reg[2]), "r"(left.reg[3]), "r"(right.reg[0]), "r"(right.reg[1]),
+          "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(left.reg[0]), "r"(left.reg[1]), "r"(left.reg[2]), "r"(left.reg[3]), "r"(right.reg[0]), "r"(right.reg[1]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(left.reg[0]), "r"(left.reg[1]), "r"(left.reg[2]), "r"(left.reg[3]), "r"(right.reg[0]), "r"(right.reg[1]),
+          "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   }
 #else
   float a[kRows][kDepth], b[kDepth][kColumns];
   unpack(left, a);
   unpack(right, b);
-  for (int row = 0; row < kRows; ++row) {
-    float total[kColumns];
-    for (int column = 0; column < kColumns; ++column)
-      total[column] = sum.value[row / 8 * 2 + column % 2][row % 8 * 4 + column / 2];
-    for (int depth = 0; depth < kDepth; ++depth)
-      for (int column = 0; column < kColumns; ++column) total[column] += a[row][depth] * b[depth][column];
-    for (int column = 0; column < kColumns; ++column)
-      sum.value[row / 8 * 2 + column % 2][row % 8 * 4 + column / 2] = total[column];
-  }
+  for (int row = 0; row < kRows; ++row)
+    for (int column = 0; column < kColumns; ++column) {
+      const int value = row / 8 * 2 + column % 2, lane = row % 8 * 4 + column / 2;
+      float total = start.value[value][lane];
+      for (int depth = 0; depth < kDepth; ++depth) total += a[row][depth] * b[depth][column];
+      sum.value[value][lane] = total;
+    }
 #endif
+}
+
+// sum += left * right
+template <class E>
+TORUS_DEVICE void multiply(Sum& sum, const Left<E>& left, const Right<E>& right) {
+  multiply(sum, left, right, sum);
 }
 
 // Two neighbouring sums, 16 columns, as the left operand of a product over those columns; rounded to E.

@@ -53,7 +53,7 @@ struct LineForwardKernel {
     for (int k = 0; k < schedule.num_streams; ++k) {
       const Reach& reach = plan.reach[k];
       const LineTable table{pairs, first_place(reach)};
-      ChunkSoftmax<E, D> softmax(query, keys, values, in.scale2);
+      ChunkSoftmax<E, D> softmax(query, keys, values, ScoreScale(in));
       StretchWalk walk(plan, schedule, own.place, k);
       do {
         warp.barrier();
@@ -80,8 +80,14 @@ struct LineForwardKernel {
     const Operands& in = arguments.forward.in;
     const bool with_spread = !kInPairs && arguments.forward.entropy != nullptr;
     const int own_chunk = warp.index();
-    if (kInPairs && walk.z == 0) softmax.begin(table, slot_of(walk, own_chunk));
-    for (int part = kInPairs ? 1 : 0; part < Reach::kParts; ++part) {
+    const auto hide_in = [&](int chunk) {
+      return [&, chunk](Sum (&scores)[kChunkTiles]) {
+        if (!kInPairs && in.first_key != nullptr)
+          hide_on_line(scores, in, own.place, own.place.position + chunk * kLineChunk, oldest);
+      };
+    };
+    if (walk.z == 0) softmax.begin(table, slot_of(walk, own_chunk), with_spread, hide_in(own_chunk));
+    for (int part = 0; part < Reach::kParts; ++part) {
       const Chunks chunks = walk.reach.part(part, own_chunk).within(walk.window());
       int chunk = chunks.first, at = slot_of(walk, chunk);
       while (true) {
@@ -91,13 +97,9 @@ struct LineForwardKernel {
           chunk += 2, at = next_slot(walk, second);
         }
         if (chunk > chunks.last) break;
-        const auto hide = [&](Sum (&scores)[kChunkTiles]) {
-          if (!kInPairs && in.first_key != nullptr)
-            hide_on_line(scores, in, own.place, own.place.position + chunk * kLineChunk, oldest);
-        };
         const bool last = kInPairs && chunk == chunks.last;
         if (!last || !softmax.template add_chunks<1>(table, chunk - own_chunk, {at}))
-          softmax.add_chunk(table, chunk - own_chunk, at, with_spread, hide);
+          softmax.add_chunk(table, chunk - own_chunk, at, with_spread, hide_in(chunk));
         ++chunk, at = next_slot(walk, at);
       }
     }

@@ -2,6 +2,7 @@
 // off in. Streams of a head run family by family into one sum, in a fixed order, so that results repeat to the bit.
 #pragma once
 
+#include <cmath>
 #include <limits>
 
 #include "operands.h"
@@ -63,6 +64,12 @@ inline void check_supported(const AttentionInputs& in) {
     throw std::runtime_error(
         "the CUDA kernels take float16 and bfloat16, head dimensions that are multiples of 8 up to " +
         std::to_string(kMaxHeadDim) + " and up to 2^30 tokens");
+}
+
+// Whether kernels by chunks take the scores: they shift exponents in units of q . k, and a number of a row divided by the
+// scale must neither overflow nor lose digits.
+inline bool shifts_products(const Operands& in) {
+  return std::abs(in.scale2) > 0x1p-64f && std::abs(in.scale2) < 0x1p64f;
 }
 
 // Heads that a chunk has where each needs so many bytes of workspace: as many as half the cache holds, and a grid's

@@ -49,23 +49,26 @@ struct OwnFragments {
   }
 };
 
-// sums = own rows * rows row0 ... + 8 kTiles - 1 of others^T
-template <int kTiles, class Own, class Others>
-TORUS_DEVICE void multiply_rows(Sum (&sums)[kTiles], const Own& own, const Others& others, int row0) {
+// sums = start(tile) + own rows * rows row0 ... + 8 kTiles - 1 of others^T
+template <int kTiles, class Own, class Others, class Start>
+TORUS_DEVICE void multiply_rows(Sum (&sums)[kTiles], const Own& own, const Others& others, int row0, Start start) {
   static_assert(kTiles % 2 == 0, "others are loaded sixteen at a time");
   using E = typename Others::Element;
-  zero_sums(sums);
-TORUS_UNROLL
+  TORUS_UNROLL
   for (int k = 0; k < Others::kWidth / kDepth; ++k) {
     const Left<E> left = own(k);
-TORUS_UNROLL
+    TORUS_UNROLL
     for (int t = 0; t < kTiles; t += 2) {
       Right<E> right[2];
       others.right_of_rows(row0 + t * kColumns, k * kDepth, right);
-      multiply(sums[t], left, right[0]);
-      multiply(sums[t + 1], left, right[1]);
+      TORUS_UNROLL
+      for (int i = t; i < t + 2; ++i) multiply(sums[i], left, right[i - t], k == 0 ? start(i) : sums[i]);
     }
   }
+}
+template <int kTiles, class Own, class Others>
+TORUS_DEVICE void multiply_rows(Sum (&sums)[kTiles], const Own& own, const Others& others, int row0) {
+  multiply_rows(sums, own, others, row0, [](int) { return zero_sum(); });
 }
 
 // out (+)= left * rows row0 ... + 15 of others
