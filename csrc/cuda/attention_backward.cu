@@ -20,15 +20,15 @@ void launch_chunks(const ChunkBackwardArguments<typename Kernel::Plan>& argument
 template <template <class, int, class, bool> class ByChunks, template <class, int> class General, class E, int D>
 void launch_family(const BackwardArguments& arguments, const Lattice& lattice, int64_t heads, const Device& device) {
   const Schedule& schedule = arguments.in.schedule;
-  const bool in_pairs = arguments.in.first_key == nullptr;
-  if (schedule.is_cross) {
+  const bool in_pairs = arguments.in.first_key == nullptr, by_chunks = shifts_products(arguments.in);
+  if (by_chunks && schedule.is_cross) {
     const CrossPlan plan = cross_plan(lattice, schedule, schedule.seq_len);
     const auto run = [&](auto pairs) {
       using Kernel = ByChunks<E, D, PatchSweep, pairs>;
       launch_chunks<Kernel>({arguments, plan}, plan.num_blocks, plan.warps, heads, device);
     };
     if (plan.fits) return in_pairs ? run(std::true_type{}) : run(std::false_type{});
-  } else {
+  } else if (by_chunks) {
     const LinePlan plan =
         line_plan(lattice, schedule, schedule.seq_len, ByChunks<E, D, LineSweep, true>::kChunkBytes);
     const auto run = [&](auto pairs) {

@@ -33,7 +33,7 @@ struct BackwardArguments {
 TORUS_DEVICE Lane<float> load_lse2(const BackwardArguments& arguments, const Head& head, const Lane<int>& token,
                                    int stream) {
   const Operands& in = arguments.in;
-  const Lane<int64_t> row = index_of(token) + (head.batch * in.heads.query + head.query) * in.seq_len;
+  const Lane<int64_t> row = index_of(token) + place_in_batch(in, head) * in.seq_len;
   return load(arguments.lse, row * int64_t{kNumStreams} + static_cast<int64_t>(stream), token >= 0, 0.0f) * kLog2e;
 }
 

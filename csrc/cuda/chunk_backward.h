@@ -35,7 +35,10 @@ struct ChunkQueryGradientsKernel {
   static TORUS_INLINE constexpr int own_at(const Plan& plan) {
     return 2 * Rows::bytes(plan.rows()) + 2 * plan.table_size * static_cast<int>(sizeof(FloatPair));
   }
-  static TORUS_INLINE constexpr int shared_bytes(const Plan& plan) { return own_at(plan) + kMaxWarps * kOwnBytes; }
+  static TORUS_INLINE constexpr int tokens_at(const Plan& plan) { return own_at(plan) + kMaxWarps * kOwnBytes; }
+  static TORUS_INLINE constexpr int shared_bytes(const Plan& plan) {
+    return tokens_at(plan) + kMaxWarps * OwnTokens::kBytes;
+  }
 
   static TORUS_DEVICE void run(const Warp& warp, const Arguments& arguments) {
     const BackwardArguments& backward = arguments.backward;
@@ -43,7 +46,8 @@ struct ChunkQueryGradientsKernel {
     const Plan& plan = arguments.plan;
     const Head head = query_head(in, warp.block_y());
     const Sweep sweep(warp, in, plan);
-    const Lane<int>(&token)[2] = sweep.own.token;
+    const OwnTokens own(warp.template shared<int>(tokens_at(plan) + warp.index() * OwnTokens::kBytes, kOwnRows), warp,
+                        sweep.own.token);
 
     const int bytes = Rows::bytes(plan.rows()), elements = plan.rows() * Rows::kPitch;
     const int table_bytes = plan.table_size * static_cast<int>(sizeof(FloatPair));
@@ -51,18 +55,20 @@ struct ChunkQueryGradientsKernel {
     const auto biases = warp.template shared<FloatPair>(2 * bytes, plan.table_size);
     const auto squared = warp.template shared<FloatPair>(2 * bytes + table_bytes, plan.table_size);
 
-    const RowFragments<E, D> query(in, rows_of<const E>(in.q, head.batch, head.query), in.q.token, token);
+    const RowFragments<E, D> query(in, rows_of<const E>(in.q, head.batch, head.query), in.q.token,
+                                   sweep.own.token);
     const SharedFragments<E, D> d_out{
         {warp.template shared<E>(own_at(plan) + warp.index() * kOwnBytes, kOwnRows * D)}, {}};
-    copy_own_rows(in, warp, token, rows_of<const E>(in.d_out, head.batch, head.query), in.d_out.token, d_out.tile);
-    QueryGradients<E, D> sums(query, d_out, keys, values, in.scale2);
+    copy_own_rows(in, warp, sweep.own.token, rows_of<const E>(in.d_out, head.batch, head.query), in.d_out.token,
+                  d_out.tile);
+    QueryGradients<E, D> sums(query, d_out, keys, values, ScoreScale(in));
     const auto bring = [&](const Lane<int>& others, int row0, int rows) {
       bring_keys<E, D>(in, head, others, {keys, values}, row0, rows);
     };
 
     for (int k = 0; k < in.schedule.num_streams; ++k) {
       const int stream = in.schedule.stream[k];
-      sums.begin(backward, head, token, stream);
+      sums.begin(backward, head, own.load().token, stream);
       warp.barrier();
       sweep.fill_table(biases, k, Bias{bias_slope(in, head, stream)});
       sweep.fill_table(squared, k, SquaredDistance{});
@@ -71,16 +77,16 @@ struct ChunkQueryGradientsKernel {
           [&](const Lane<int>& first, int chunk, const auto& slots, auto hide) {
             sums.add_delta(Table{biases, first}, chunk, slots, hide);
           });
-      sums.finish_delta(backward, head, token, stream);
+      sums.finish_delta(backward, head, own.load().token, stream);
       sweep.template run<kInPairs>(
           k, head, !sweep.keeps_rows(), bring, [&](const Lane<int>& first, int chunk, const auto& slots, auto hide) {
             sums.add_gradients(Table{biases, first}, Table{squared, first}, chunk, slots, hide);
           });
-      sums.finish_decay(backward, head, token, stream);
+      sums.finish_decay(backward, head, own.load().token, stream);
     }
     write_gradient<E, D>(in, backward.d_q + head.local * in.tokens(),
-                         rows_of<E>(backward.d_q_out, head.batch, head.query), backward.d_q_out.token, token, sums.d_q,
-                         in.scale);
+                         rows_of<E>(backward.d_q_out, head.batch, head.query), backward.d_q_out.token,
+                         own.load().token, sums.d_q, in.scale);
   }
 };
 
@@ -92,12 +98,11 @@ struct ChunkKeyGradientsKernel {
   using Rows = PaddedTile<E, D>;
   static constexpr const char* kName = "attention_backward_keys_by_chunks";
   static constexpr int kMaxWarps = cuda::kMaxWarps;
-  static constexpr int kNumberBytes = static_cast<int>(sizeof(QueryNumbers));
-  static constexpr int kChunkBytes = 2 * Rows::bytes(kChunkRows) + kChunkRows * kNumberBytes;
+  static constexpr int kChunkBytes = 2 * Rows::bytes(kChunkRows) + QueryNumbers::bytes(kChunkRows);
   static constexpr int kOwnBytes = Tile<E, D>::bytes(kOwnRows);
 
   static TORUS_INLINE constexpr int own_at(const Plan& plan) {
-    return 2 * Rows::bytes(plan.rows()) + plan.rows() * kNumberBytes +
+    return 2 * Rows::bytes(plan.rows()) + QueryNumbers::bytes(plan.rows()) +
            plan.table_size * static_cast<int>(sizeof(FloatPair));
   }
   static TORUS_INLINE constexpr int shared_bytes(const Plan& plan) { return own_at(plan) + 2 * kMaxWarps * kOwnBytes; }
@@ -112,9 +117,9 @@ struct ChunkKeyGradientsKernel {
     const Lane<int>(&token)[2] = sweep.own.token;
 
     const int bytes = Rows::bytes(plan.rows()), elements = plan.rows() * Rows::kPitch;
-    const int table_at = 2 * bytes + plan.rows() * kNumberBytes;
+    const int table_at = 2 * bytes + QueryNumbers::bytes(plan.rows());
     const Rows queries{warp.template shared<E>(0, elements)}, d_out{warp.template shared<E>(bytes, elements)};
-    const auto numbers = warp.template shared<QueryNumbers>(2 * bytes, plan.rows());
+    const QueryNumbers numbers(warp, 2 * bytes, plan.rows());
     const auto biases = warp.template shared<FloatPair>(table_at, plan.table_size);
 
     const int key_at = own_at(plan) + 2 * warp.index() * kOwnBytes;
@@ -162,14 +167,13 @@ struct ChunkKeyGradientsKernel {
  private:
   // Makes scores of queries -inf, once they are scaled, that first_key hides the keys from.
   static TORUS_DEVICE void hide_younger(Sum (&scores)[kChunkTiles], float scale2, const Lane<int> (&key)[2],
-                                        const Shared<QueryNumbers>& numbers, int row0) {
+                                        const QueryNumbers& numbers, int row0) {
     const float hidden = scale2 < 0.0f ? -kNegativeInfinity : kNegativeInfinity;
     TORUS_UNROLL
     for (int t = 0; t < kChunkTiles; ++t)
       TORUS_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const auto of_query = numbers.load(fragment_member() * 2 + (row0 + t * kColumns + i));
-        const Lane<int> oldest = map([](QueryNumbers x) { return x.oldest; }, of_query);
+        const Lane<int> oldest = numbers.oldest.load(fragment_member() * 2 + (row0 + t * kColumns + i));
         TORUS_UNROLL
         for (int half = 0; half < 2; ++half)
           scores[t].value[2 * half + i] = select(key[half] >= oldest, scores[t].value[2 * half + i], hidden);
@@ -177,17 +181,15 @@ struct ChunkKeyGradientsKernel {
   }
 
   static TORUS_DEVICE void bring_numbers(const BackwardArguments& backward, const Head& head, int stream,
-                                         const Lane<int>& token, const Shared<QueryNumbers>& numbers, int row0,
+                                         const Lane<int>& token, const QueryNumbers& numbers, int row0,
                                          int rows) {
-    const Lane<int64_t> at = RowSums::at(backward.in, head, token, stream);
-    const auto together = [](float lse2, float gate, float delta, int oldest) {
-      return QueryNumbers{lse2, gate, delta, oldest};
-    };
-    const Lane<QueryNumbers> of_query = map(together, load_lse2(backward, head, token, stream),
-                                            load(backward.rows.gate, at, token >= 0, 0.0f),
-                                            load(backward.rows.delta, at, token >= 0, 0.0f),
-                                            oldest_key(backward.in, head.batch, token));
-    numbers.store(lane_index() + row0, of_query, lane_index() < rows);
+    const Operands& in = backward.in;
+    const Lane<int64_t> at = RowSums::at(in, head, token, stream);
+    const Lane<bool> exists = token >= 0;
+    // Without a query there is no weight, whatever the bias.
+    const Lane<float> lse2 = select(exists, load_lse2(backward, head, token, stream), -kNegativeInfinity);
+    numbers.store(row0, rows, lse2 * -ScoreScale(in).inverse, -load(backward.rows.delta, at, exists, 0.0f),
+                  load(backward.rows.gate, at, exists, 0.0f), oldest_key(in, head.batch, token));
   }
 };
 

@@ -68,14 +68,14 @@ struct ChunkSoftmax : SoftmaxSums {
     add_exponentials(x, shift, with_spread, slot);
   }
 
-  // Neighbouring chunks that lie in slots, the first so far from the queries' own; false, and nothing done, where their
+  // Neighbouring chunks from `slot` on, the first so far from the queries' own; false, and nothing done, where their
   // exponentials are too large.
   template <int kChunks, class Table>
-  TORUS_DEVICE bool add_chunks(const Table& table, int chunk, const int (&slots)[kChunks]) {
+  TORUS_DEVICE bool add_chunks(const Table& table, int chunk, int slot) {
     Sum e[kChunks][kChunkTiles];
     Lane<float> sums[kChunks][2];
     TORUS_UNROLL
-    for (int c = 0; c < kChunks; ++c) multiply_rows(e[c], query, keys, slots[c] * kChunkRows, level);
+    for (int c = 0; c < kChunks; ++c) multiply_rows(e[c], query, keys, (slot + c) * kChunkRows, level);
     const ChunkNumbers<kChunks * kChunkTiles> biases(table, chunk);
     Lane<bool> large = false;
     TORUS_UNROLL
@@ -89,7 +89,7 @@ struct ChunkSoftmax : SoftmaxSums {
     for (int c = 0; c < kChunks; ++c) {
       TORUS_UNROLL
       for (int half = 0; half < 2; ++half) total[half] = total[half] + sums[c][half];
-      multiply_depth<E, D>(out, left_of<E>(e[c][0], e[c][1]), values, slots[c] * kChunkRows);
+      multiply_depth<E, D>(out, left_of<E>(e[c][0], e[c][1]), values, (slot + c) * kChunkRows);
     }
     return true;
   }

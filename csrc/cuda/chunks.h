@@ -37,7 +37,7 @@ struct RowFragments {
 struct ScoreScale {
   float factor, inverse;
 
-  TORUS_DEVICE explicit ScoreScale(const Operands& in) : factor(in.scale2), inverse(1.0f / in.scale2) {}
+  TORUS_DEVICE explicit ScoreScale(const Operands& in) : factor(in.scale2), inverse(in.inverse2) {}
 };
 
 // What products with own rows begin with: a number of each of a lane's two rows, which is added to scores for nothing.
@@ -63,10 +63,12 @@ TORUS_DEVICE void bring_keys(const Operands& in, const Head& head, const Lane<in
                                                  {in.k.token, in.v.token}, to, 0, 1, row0, rows);
 }
 
-// Where chunks that are neighbours lie in shared memory.
+// Where chunks that are neighbours lie in shared memory: side by side.
 template <int kChunks>
 struct ChunkSlots {
-  int at[kChunks];
+  int first;
+
+  TORUS_DEVICE int row0(int c) const { return (first + c) * kChunkRows; }
 };
 
 // Makes scores of keys -inf, once they are scaled, that are older than the oldest one that their query sees;

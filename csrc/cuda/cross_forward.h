@@ -97,11 +97,11 @@ struct CrossForwardKernel {
     while (true) {
       while (kInPairs && row < seen.last && row >= whole &&
              !(in_own_column && (row == own_row || row + 1 == own_row)) &&
-             softmax.template add_chunks<2>(table, row - own_row, {row - top, row + 1 - top}))
+             softmax.template add_chunks<2>(table, row - own_row, row - top))
         row += 2;
       if (row > seen.last) break;
       if (!(in_own_column && row == own_row))
-        if (!kInPairs || row < whole || !softmax.template add_chunks<1>(table, row - own_row, {row - top}))
+        if (!kInPairs || row < whole || !softmax.template add_chunks<1>(table, row - own_row, row - top))
           softmax.add_chunk(table, row - own_row, row - top, !kInPairs, hide_in(row));
       ++row;
     }

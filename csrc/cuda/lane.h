@@ -14,10 +14,13 @@
 
 #if defined(__CUDACC__)
 #define TORUS_DEVICE __device__ __forceinline__
-#define TORUS_UNROLL _Pragma("unroll")
+#define TORUS_PRAGMA(text) _Pragma(#text)
+#define TORUS_UNROLL TORUS_PRAGMA(unroll)
+#define TORUS_UNROLL_BY(turns) TORUS_PRAGMA(unroll turns)
 #else
 #define TORUS_DEVICE inline
 #define TORUS_UNROLL
+#define TORUS_UNROLL_BY(turns)
 #endif
 
 namespace torus::cuda {

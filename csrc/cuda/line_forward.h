@@ -90,17 +90,17 @@ struct LineForwardKernel {
     for (int part = 0; part < Reach::kParts; ++part) {
       const Chunks chunks = walk.reach.part(part, own_chunk).within(walk.window());
       int chunk = chunks.first, at = slot_of(walk, chunk);
-      while (true) {
-        while (kInPairs && chunk < chunks.last) {
-          const int second = next_slot(walk, at);
-          if (!softmax.template add_chunks<2>(table, chunk - own_chunk, {at, second})) break;
-          chunk += 2, at = next_slot(walk, second);
+      while (chunk <= chunks.last) {
+        const int last = last_beside(walk, chunk, at, chunks.last);
+        while (chunk <= last) {
+          for (; kInPairs && chunk < last; chunk += 2, at += 2)
+            if (!softmax.template add_chunks<2>(table, chunk - own_chunk, at)) break;
+          if (chunk > last) break;
+          if (!kInPairs || chunk < last || !softmax.template add_chunks<1>(table, chunk - own_chunk, at))
+            softmax.add_chunk(table, chunk - own_chunk, at, with_spread, hide_in(chunk));
+          ++chunk, ++at;
         }
-        if (chunk > chunks.last) break;
-        const bool last = kInPairs && chunk == chunks.last;
-        if (!last || !softmax.template add_chunks<1>(table, chunk - own_chunk, {at}))
-          softmax.add_chunk(table, chunk - own_chunk, at, with_spread, hide_in(chunk));
-        ++chunk, at = next_slot(walk, at);
+        at = 0;
       }
     }
   }

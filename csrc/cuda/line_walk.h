@@ -20,7 +20,7 @@ TORUS_DEVICE void fill_line_table(const Shared<FloatPair>& pairs, const Operands
     return number(load(squared, cast<int64_t>(step - in.schedule.col_lo), there, -1.0f));
   };
   const int size = reach.table_size();
-  for (int first = warp.index() * kWarpLanes; first < size; first += warp.count() * kWarpLanes) {
+  for (int first = warp.index() * kWarpLanes; first < size; first += in.schedule.warps * kWarpLanes) {
     const Lane<int> at = lane_index() + first;
     const Lane<FloatPair> pair =
         map([](float x, float before) { return FloatPair{x, before}; }, at_displacement(at + reach.min_displacement()),
@@ -40,7 +40,11 @@ TORUS_DEVICE int slot_of(const StretchWalk& walk, int chunk) {
   const int at = chunk + (plan.resident ? walk.own.position / kLineChunk : -walk.z * plan.chunks);
   return at < 0 ? at + plan.chunks : at >= plan.chunks ? at - plan.chunks : at;
 }
-TORUS_DEVICE int next_slot(const StretchWalk& walk, int slot) { return slot + 1 == walk.plan.chunks ? 0 : slot + 1; }
+// The last chunk up to `last` that lies beside one in slot `at`: on a closed line the first lies before the last.
+TORUS_DEVICE int last_beside(const StretchWalk& walk, int chunk, int at, int last) {
+  const int end = chunk + (walk.plan.chunks - 1 - at);
+  return end < last ? end : last;
+}
 
 // bring(token, row0, rows) begins to bring up to 32 rows of the current stretch, of the tokens in its lanes, to row0
 // and on; two chunks a warp at a time. They are there on return for the warp's own part.
@@ -50,7 +54,7 @@ TORUS_DEVICE void stage_stretch(const Warp& warp, const StretchWalk& walk, Bring
   const LinePlan& plan = walk.plan;
   const Chunks window = plan.resident ? Chunks{0, plan.chunks - 1} : walk.window();
   const int origin = plan.resident ? 0 : walk.own.position;
-  for (int chunk = window.first + 2 * warp.index(); chunk <= window.last; chunk += 2 * warp.count()) {
+  for (int chunk = window.first + 2 * warp.index(); chunk <= window.last; chunk += 2 * walk.schedule.warps) {
     if (!walk.needs(chunk) && !walk.needs(chunk + 1)) continue;
     const int position = origin + chunk * kLineChunk;
     const auto token = [&](int row) {
@@ -108,20 +112,24 @@ struct LineSweep {
       warp.barrier();
       for (int part = 0; own.any && part < 2; ++part) {
         const Chunks seen = (part == 0 ? walk.reach.near : walk.reach.far).shifted(own_chunk).within(walk.window());
-        int chunk = seen.first, at = slot_of(walk, chunk);
-        while (kInPairs && chunk < seen.last) {
-          const int second = next_slot(walk, at);
-          visit(first, chunk - own_chunk, ChunkSlots<2>{{at, second}}, HidesNothing{});
-          chunk += 2, at = next_slot(walk, second);
-        }
-        for (; chunk <= seen.last; ++chunk, at = next_slot(walk, at))
-          visit(first, chunk - own_chunk, ChunkSlots<1>{{at}}, [&](Sum (&scores)[kChunkTiles]) {
+        const auto hide_in = [&](int chunk) {
+          return [&, chunk](Sum (&scores)[kChunkTiles]) {
             if constexpr (!kInPairs) {
               const Lane<int> oldest[2] = {oldest_key(in, head.batch, own.token[0]),
                                            oldest_key(in, head.batch, own.token[1])};
               hide_on_line(scores, in, own.place, own.place.position + chunk * kLineChunk, oldest);
             }
-          });
+          };
+        };
+        int chunk = seen.first, at = slot_of(walk, chunk);
+        while (chunk <= seen.last) {
+          const int last = last_beside(walk, chunk, at, seen.last);
+          for (; kInPairs && chunk < last; chunk += 2, at += 2)
+            visit(first, chunk - own_chunk, ChunkSlots<2>{at}, HidesNothing{});
+          for (; chunk <= last; ++chunk, ++at)
+            visit(first, chunk - own_chunk, ChunkSlots<1>{at}, hide_in(chunk));
+          at = 0;
+        }
       }
     } while (walk.next());
   }

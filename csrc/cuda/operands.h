@@ -32,6 +32,7 @@ struct Operands {
   Heads heads;
   int seq_len, head_dim;
   float scale, scale2;          // of scores; the second in base 2, and not 0
+  float inverse2;               // 1 / scale2
   Tokens q, k, v, state, d_out; // of E
   Parameter weights, decay, alpha;
   const int64_t* first_key;     // [B, T] or null
@@ -52,6 +53,11 @@ TORUS_DEVICE Head query_head(const Operands& in, int local) {
   const int head = in.heads.first + local;
   const int batch = in.heads.by_query.quotient(head), h = head - batch * in.heads.query;
   return {in.heads.first_batch + batch, h, in.heads.by_group.quotient(h), local};
+}
+
+// Of all query heads of the whole batch; known without the head's division, so that nobody has to remember it.
+TORUS_DEVICE int64_t place_in_batch(const Operands& in, const Head& head) {
+  return in.heads.first_batch * in.heads.query + (in.heads.first + head.local);
 }
 
 // Of the launch's key/value head `local`, member of its group.
@@ -122,7 +128,7 @@ TORUS_DEVICE void copy_rows(const Operands& in, const Lane<int>& token, const E*
   const Lane<bool> exists = chunk * T::kChunk < in.head_dim;
   const Lane<int> column = select(exists, chunk * T::kChunk, 0);
   const Lane<int> to_row0 = T::at(row + row0, chunk);
-  TORUS_UNROLL
+  TORUS_UNROLL_BY(8)  // more of 128 channels would take registers from sums
   for (int turn = 0; turn < kCount / kRowsOfTurn; ++turn) {
     const int first = (turn * parts + part) * kRowsOfTurn;
     if (first >= rows) break;
@@ -149,6 +155,23 @@ TORUS_DEVICE void copy_own_rows(const Operands& in, const Warp& warp, const Lane
   warp.template wait_copies<0>();
   warp.sync();
 }
+
+// Tokens of a warp's own rows in shared memory, for kernels that need them seldom and their registers more.
+struct OwnTokens {
+  Shared<int> kept;  // kOwnRows of the warp's own
+
+  static constexpr int kBytes = kOwnRows * static_cast<int>(sizeof(int));
+
+  TORUS_DEVICE OwnTokens(const Shared<int>& kept, const Warp& warp, const Lane<int> (&token)[2]) : kept(kept) {
+    for (int half = 0; half < 2; ++half)
+      kept.store(fragment_group() + 8 * half, token[half], fragment_member() == 0);
+    warp.sync();
+  }
+  struct Pair {
+    Lane<int> token[2];
+  };
+  TORUS_DEVICE Pair load() const { return {{kept.load(fragment_group()), kept.load(fragment_group() + 8)}}; }
+};
 
 // Token of every row of a tile of others, one in a lane.
 TORUS_DEVICE Lane<int> other_tokens(const Schedule& schedule, const OwnPlace& own, const OtherPlace& other) {

@@ -52,7 +52,7 @@ TORUS_DEVICE void write_statistics(const ForwardArguments& arguments, const Head
                                    int k, const SoftmaxSums& sums) {
   const Operands& in = arguments.in;
   if (arguments.lse == nullptr && arguments.entropy == nullptr) return;
-  const int64_t first = (head.batch * in.heads.query + head.query) * in.seq_len;
+  const int64_t first = place_in_batch(in, head) * in.seq_len;
   TORUS_UNROLL
   for (int half = 0; half < 2; ++half) {
     const Lane<bool> where = token[half] >= 0 && fragment_member() == 0;

@@ -28,7 +28,7 @@ struct TokenGradientsKernel {
   static TORUS_DEVICE void run(const Warp& warp, const Arguments& arguments) {
     const Operands& in = arguments.in;
     const Head head = query_head(in, warp.block_y());
-    const int64_t global = head.batch * in.heads.query + head.query;
+    const int64_t global = place_in_batch(in, head);
     const int slot = warp.block_x() * warp.count() + warp.index();
     const bool compounds = in.state.data != nullptr;
     const E* const d_out = rows_of<const E>(in.d_out, head.batch, head.query);

@@ -121,9 +121,9 @@ struct PatchSweep {
       int row = seen.first;
       while (true) {
         for (; kInPairs && row < seen.last && row >= whole; row += 2)
-          visit(first, row - own_row, ChunkSlots<2>{{row, row + 1}}, HidesNothing{});
+          visit(first, row - own_row, ChunkSlots<2>{row}, HidesNothing{});
         if (row > seen.last) break;
-        visit(first, row - own_row, ChunkSlots<1>{{row}}, [&](Sum (&scores)[kChunkTiles]) {
+        visit(first, row - own_row, ChunkSlots<1>{row}, [&](Sum (&scores)[kChunkTiles]) {
           if (row >= whole) return;
           Lane<int> oldest[2] = {0, 0};
           if constexpr (!kInPairs)

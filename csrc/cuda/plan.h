@@ -52,6 +52,7 @@ inline Operands operands_of(const AttentionInputs& in) {
   operands.scale2 = static_cast<float>(in.scale * static_cast<double>(kLog2e));
   // Products with the score of a hidden pair must be -inf.
   if (operands.scale2 == 0.0f) operands.scale2 = std::numeric_limits<float>::min();
+  operands.inverse2 = 1.0f / operands.scale2;
   operands.q = in.q, operands.k = in.k, operands.v = in.v, operands.state = in.state;
   operands.weights = in.weights, operands.decay = in.decay, operands.alpha = in.alpha;
   operands.first_key = in.first_key;
