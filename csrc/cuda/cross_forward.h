@@ -24,7 +24,8 @@ struct CrossForwardKernel {
   static constexpr int kStripRows = CrossPlan::rows();
   static constexpr int kTableAt = 2 * Rows::bytes(kStripRows);
   static constexpr int kPatchTableBytes = kPatchTable * static_cast<int>(sizeof(FloatPair));
-  static constexpr int kSharedBytes = kTableAt + kMaxStreams * kPatchTableBytes;
+  static constexpr int kTokensAt = kTableAt + kMaxStreams * kPatchTableBytes;
+  static constexpr int kSharedBytes = kTokensAt + kMaxWarps * OwnTokens::kBytes;
 
   static TORUS_DEVICE void run(const Warp& warp, const Arguments& arguments) {
     const Operands& in = arguments.forward.in;
@@ -37,6 +38,8 @@ struct CrossForwardKernel {
     const auto pairs_of = [&](int k) {
       return warp.template shared<FloatPair>(kTableAt + k * kPatchTableBytes, kPatchTable);
     };
+    const OwnTokens tokens(warp.template shared<int>(kTokensAt + warp.index() * OwnTokens::kBytes, kOwnRows), warp,
+                           own.token);
     const RowFragments<E, D> query(in, rows_of<const E>(in.q, head.batch, head.query), in.q.token, own.token);
     const ScoreScale scale(in);
     ChunkSoftmax<E, D> first(query, keys, values, scale), second(query, keys, values, scale);
@@ -50,7 +53,7 @@ struct CrossForwardKernel {
       const Chunks strip = plan.strip(own.row, column);
       if (strip.empty()) continue;
       warp.barrier();
-      stage_strip(warp, schedule, own, column, strip, bring);
+      stage_strip(warp, schedule, plan, own, column, strip, bring);
       warp.barrier();
       if (!own.any) continue;
       const auto visit_stream = [&](int k, ChunkSoftmax<E, D>& softmax) {
@@ -65,14 +68,15 @@ struct CrossForwardKernel {
 
     Sum y[D / kColumns];
     zero_sums(y);
+    const OwnTokens::Pair rows = tokens.load();
     const auto finish = [&](int k, ChunkSoftmax<E, D>& softmax) {
       softmax.finish();
-      mix_stream<D>(in, head, own.token, k, softmax, softmax.out, y);
-      write_statistics(arguments.forward, head, own.token, k, softmax);
+      mix_stream<D>(in, head, rows.token, k, softmax, softmax.out, y);
+      write_statistics(arguments.forward, head, rows.token, k, softmax);
     };
     finish(0, first);
     finish(1, second);
-    write_outputs<E, D>(arguments.forward, head, own.token, y);
+    write_outputs<E, D>(arguments.forward, head, rows.token, y);
   }
 
  private:

@@ -128,7 +128,10 @@ TORUS_DEVICE void copy_rows(const Operands& in, const Lane<int>& token, const E*
   const Lane<bool> exists = chunk * T::kChunk < in.head_dim;
   const Lane<int> column = select(exists, chunk * T::kChunk, 0);
   const Lane<int> to_row0 = T::at(row + row0, chunk);
-  TORUS_UNROLL_BY(8)  // more of 128 channels would take registers from sums
+  Lane<const E*> first_row[kSources];
+  TORUS_UNROLL
+  for (int s = 0; s < kSources; ++s) first_row[s] = map([&](int c) { return from[s] + c; }, column);
+  TORUS_UNROLL_BY(4)  // more would take registers from sums
   for (int turn = 0; turn < kCount / kRowsOfTurn; ++turn) {
     const int first = (turn * parts + part) * kRowsOfTurn;
     if (first >= rows) break;
@@ -137,9 +140,13 @@ TORUS_DEVICE void copy_rows(const Operands& in, const Lane<int>& token, const E*
     const Lane<int> place = select(here >= 0, here, 0);
     TORUS_UNROLL
     for (int s = 0; s < kSources; ++s) {
-      const auto address = [&](int c, int t) { return from[s] + c + static_cast<uint32_t>(t) * stride[s]; };
+      const int64_t stride_bytes = stride[s] * static_cast<int64_t>(sizeof(E));
+      const auto address = [stride_bytes](const E* at, int t) {
+        const auto* const bytes = reinterpret_cast<const unsigned char*>(at);
+        return reinterpret_cast<const E*>(bytes + static_cast<uint32_t>(t) * stride_bytes);
+      };
       copy_async(to[s].data, T::kAffine ? to_row0 + first * T::kPitch : T::at(row + (row0 + first), chunk),
-                 map(address, column, place), there);
+                 map(address, first_row[s], place), there);
     }
   }
 }

@@ -17,7 +17,7 @@ TORUS_DEVICE void fill_patch_table(const Shared<FloatPair>& pairs, const Operand
   const float* const squared = in.squared + s.table_size() * stream;
   static_assert(kPatchTableRow <= kWarpLanes, "a lane for every column");
   const Lane<int> b = (lane_index() - kMaxDisplacement) * plan.sign;
-  for (int row = warp.index(); row < kPatchTable / kPatchTableRow; row += warp.count()) {
+  for (int row = warp.index(); row < kPatchTable / kPatchTableRow; row += plan.warps) {
     const int a = (row - kMaxDisplacement) * plan.sign, place = (a - s.row_lo) * s.table_columns() - s.col_lo;
     const bool exists = a >= s.row_lo && a <= s.row_hi;
     const Lane<bool> there = b >= s.col_lo && b <= s.col_hi && exists;
@@ -56,9 +56,9 @@ struct OwnPatch {
 // bring(token, row0, rows) begins to bring up to 32 rows of a strip `column` columns away, of the tokens in its lanes,
 // to row0 and on; two patches a warp at a time. They are there on return for the warp's own part.
 template <class Bring>
-TORUS_DEVICE void stage_strip(const Warp& warp, const Schedule& schedule, const OwnPatch& own, int column,
-                              const Chunks& strip, Bring bring) {
-  for (int row = strip.first + 2 * warp.index(); row <= strip.last; row += 2 * warp.count()) {
+TORUS_DEVICE void stage_strip(const Warp& warp, const Schedule& schedule, const CrossPlan& plan, const OwnPatch& own,
+                              int column, const Chunks& strip, Bring bring) {
+  for (int row = strip.first + 2 * warp.index(); row <= strip.last; row += 2 * plan.warps) {
     const auto token = [&](int site) {
       return schedule.site((own.row + row) * kPatch + site / kPatch, (own.column + column) * kPatch + site % kPatch);
     };
@@ -110,7 +110,7 @@ struct PatchSweep {
       const Chunks strip = plan.strip(k, own.row, column);
       if (strip.empty()) continue;
       warp.barrier();
-      stage_strip(warp, in.schedule, own, column, strip, bring);
+      stage_strip(warp, in.schedule, plan, own, column, strip, bring);
       warp.barrier();
       if (!own.any) continue;
       const Lane<int> first = first_place(column);
