@@ -81,6 +81,16 @@ def test_scores_that_grow(cuda, case):
     check_output(cuda, problem.replace(k=problem.k * growth.flip(0), q=problem.q * 2))
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-30, -1e-12, -0.7, 1e20], ids=str)
+@pytest.mark.parametrize("case", ["closed lines that are resident", "patches in time"])
+def test_scales(cuda, case, scale):
+    """Exponents are shifted in units of q . k, which is no use where those are nothing or everything to a score."""
+    problem = problem_of(case)
+    if scale > 1:
+        problem = problem.replace(q=problem.q / scale)
+    check_precision(cuda, problem.replace(scale=scale, decay=-problem.decay.abs()), torch.bfloat16)
+
+
 @pytest.mark.parametrize("case", ["closed lines that are resident", "open in time", "patches", "patches in time"])
 def test_statistics_leave_the_output_as_it_is(cuda, case):
     """Two chunks at a time, or one: to the bit the same, whichever rows ask for a new maximum."""

@@ -80,9 +80,9 @@ struct FragmentKernel {
       write(a.registers, kOfDepth * 4 + r, of_depth[r / 2].reg[r % 2]);
     }
     for (int column = 0; column < 2; ++column) {
-      Sum sums[2] = {zero_sum(), zero_sum()};
+      Sum sums[2] = {zero_sum()};
       multiply(sums[0], left, of_rows[column]);
-      multiply(sums[1], left, of_depth[column]);
+      multiply(sums[1], left, of_depth[column], sums[0]);
       for (int i = 0; i < 4; ++i)
         for (int s = 0; s < 2; ++s) write(a.products, (s * 2 + column) * 4 + i, sums[s].value[i]);
     }
@@ -172,7 +172,7 @@ void check_fragments(const char* name) {
               of_depth += left * value(row0 + k, col0 + 8 * column + c.column);
             }
             multiplies &= products[column * 4 * kWarpLanes + i * kWarpLanes + lane] == of_rows;
-            multiplies &= products[(2 + column) * 4 * kWarpLanes + i * kWarpLanes + lane] == of_depth;
+            multiplies &= products[(2 + column) * 4 * kWarpLanes + i * kWarpLanes + lane] == of_rows + of_depth;
           }
       }
     }
