@@ -21,8 +21,8 @@ against two chunks of csrc/cuda/chunks.h. A score is that of one pair for one st
 with K and V, bias, exponential and sum."""
 
 MAX_PER_SCORE = {32: 7, 64: 9, 128: 12}
-"""Instructions of the forward's inner loops of lines and cross flows for each score, by channels. The target is 12; half
-of what there is at 128 are matrix products and their operands."""
+"""Instructions of the forward's inner loops of lines and cross flows for each score, by channels. The target is 12;
+half of what there is at 128 are matrix products and their operands."""
 
 MAX_PER_SCORE_BACKWARD = {
     "delta": {32: 7, 64: 9, 128: 12.5},

@@ -38,14 +38,15 @@ struct Reach {
   int min_step, max_step;
   int sign;     // a displacement, own row less other row, is so many steps: 1 for queries, -1 for keys
 
-  static constexpr int kParts = 3;
+  static constexpr int kParts = 4;
 
-  // Chunks that the warp `own` sees in the order in which the forward goes through them, after its own one, which every
-  // stream sees something of.
+  // Chunks that the warp `own` sees, in the order in which the forward goes through them: its own one first, which
+  // every stream sees something of.
   TORUS_INLINE constexpr Chunks part(int which, int own) const {
     switch (which) {
-      case 0: return {own + near.first, own - 1};
-      case 1: return {own + 1, own + near.last};
+      case 0: return {own, own};
+      case 1: return {own + near.first, own - 1};
+      case 2: return {own + 1, own + near.last};
       default: return far.shifted(own);
     }
   }
