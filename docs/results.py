@@ -13,8 +13,8 @@ from benchmarks.show import markdown_of
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
-_MARKER = re.compile(r"^<!-- results: ([a-z-]+) -->$", re.MULTILINE)
-_DATED = re.compile(r"^(?P<kind>[a-z-]+)-(?P<date>\d{4}-\d{2}-\d{2})(-[a-z0-9-]+)?$")
+_MARKER = re.compile(r"^<!-- results: ([a-z0-9-]+) -->$", re.MULTILINE)
+_DATED = re.compile(r"^(?P<kind>[a-z0-9-]+)-(?P<date>\d{4}-\d{2}-\d{2})(-[a-z0-9-]+)?$")
 
 
 def newest(kind: str, folder: Path) -> str | None:

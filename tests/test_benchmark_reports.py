@@ -89,7 +89,7 @@ def test_committed_results_are_complete(path):
 def test_the_readme_shows_the_table_of_a_committed_result():
     readme = ROOT / "README.md"
     text = readme.read_text() if readme.exists() else ""
-    named = re.findall(r"benchmarks/results/((?:cpu(?:-amx)?|field)-[\d-]+?\.json)", text)
+    named = re.findall(r"benchmarks/results/((?:cpu(?:-amx|-avx512)?|field)-[\d-]+?\.json)", text)
     if not named:
         pytest.skip("the README names no result")
     for name in set(named):
