@@ -28,6 +28,7 @@ from support import Backend, Problem, assert_within_budget, check_precision, err
 
 import torus_kernels
 from torus_kernels import BackendError, TorusKVCache, TorusLattice, torus_attention_decode
+from torus_kernels.backends import unavailable
 
 MAX_SIDE = 6
 OPTIONAL = ("stream_weights", "decay", "ema_state", "ema_alpha", "first_key")
@@ -185,7 +186,7 @@ def _attention_faults(draw: Draw, arguments: Arguments) -> Fault:
     if kind == "scale":
         return arguments.spoil(kind, ["scale"], scale=draw(st.sampled_from(WRONG_SCALES)))
     if kind == "backend":
-        wrong = draw(st.sampled_from(["CPU", "", "torch", 3, str, "cuda"]))
+        wrong = draw(st.sampled_from(["CPU", "", "torch", 3, str, *(["cuda"] if unavailable("cuda") else [])]))
         errors = (BackendError,) if wrong == "cuda" else (TypeError, ValueError)
         return arguments.spoil(kind, ["backend"], errors, backend=wrong)
     if kind == "half_state":

@@ -38,7 +38,8 @@ def _random(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Te
 @st.composite
 def compounding_calls(draw: Draw, backend: Backend) -> Call:
     batch, heads, seq_len = draw(st.integers(0, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 12))
-    tokens = (batch, heads, seq_len, draw(st.integers(1, 40)))
+    channels = 8 * draw(st.integers(1, 5)) if backend.name == "cuda" else draw(st.integers(1, 40))
+    tokens = (batch, heads, seq_len, channels)
     if draw(st.booleans()):
         scales = draw(st.integers(1, 4))
         shapes = {"x": tokens, "states": (scales, *tokens), "alphas": (scales, heads), "scale_weights": (scales,)}

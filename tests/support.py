@@ -93,7 +93,7 @@ class Backend:
 
 @functools.cache
 def _refuses_cylinder(backend: Backend) -> str | None:
-    q = torch.zeros(1, 1, 4, 8, device=backend.device)
+    q = torch.zeros(1, 1, 4, 8, device=backend.device, dtype=backend.common_dtype)
     try:
         backend.attention(q, q, q, TorusLattice(2, 2, "cylinder"))
     except torus_kernels.BackendError as error:

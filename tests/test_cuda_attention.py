@@ -81,7 +81,30 @@ def test_scores_that_grow(cuda, case):
     check_output(cuda, problem.replace(k=problem.k * growth.flip(0), q=problem.q * 2))
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, -1e-12, -0.7, 1e20], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=label)
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 128])
+@pytest.mark.parametrize("case", ["closed lines that are resident", "patches"])
+def test_scores_that_are_all_there_is(cuda, case, head_dim, dtype):
+    """Far above others' as a query's own score is, it decides alone, whatever a number of its size is rounded to."""
+    lattice, seq_len, _ = CASES[case]
+    problem = make_problem(lattice, seq_len, heads=2, kv_heads=1, head_dim=head_dim, state=False)
+    # Of one length, so that nobody's product with a query is as large as its own.
+    k = torch.nn.functional.normalize(problem.k, dim=-1) * (3e3 if dtype == torch.float16 else 1e5)
+    problem = problem.replace(k=k, q=k.expand_as(problem.q)).to(dtype, cuda.device)
+    out = cuda.attention(**problem.arguments())
+    weights = problem.stream_weights[:, list(lattice.streams)].sum(-1)[:, None, None]
+    expected = weights * problem.v.float()
+    assert ((out - expected).abs() <= torch.finfo(dtype).eps * expected.abs().clamp(min=1e-3)).all()
+
+
+@pytest.mark.parametrize("case", ["open in time", "arcs far back in time", "patches in time"])
+def test_a_key_alone_has_no_entropy(cuda, case):
+    problem = problem_of(case).to(cuda.low_dtype, cuda.device)
+    _, stats = cuda.attention_with_stats(**problem.arguments())
+    assert (stats.entropy[:, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, -1e-12, -0.7, 1e11, 1e20], ids=str)
 @pytest.mark.parametrize("case", ["closed lines that are resident", "patches in time"])
 def test_scales(cuda, case, scale):
     """Exponents are shifted in units of q . k, which is no use where those are nothing or everything to a score."""

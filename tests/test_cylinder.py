@@ -52,7 +52,10 @@ class TestOpenEnds:
         # A key's gradient comes from queries within the radius, whose softmax holds keys within it again.
         for name, reach in (("out", near), ("d_q", near), ("d_v", (rows - end).abs() <= 4)):
             differs = (before[name] != after[name]).any(-1)[0]  # [H, T]
-            assert torch.equal(differs, reach.expand_as(differs)), name
+            reached = reach.expand_as(differs)
+            assert not (differs & ~reached).any(), name
+            if backend.exact_dtype.itemsize > 2:  # 16 bits may round a change away
+                assert torch.equal(differs, reached), name
 
     def test_distances_grow_from_end_to_end(self, backend):
         """Equal scores leave the bias alone: the sum over the rows that a stream shows of exp(-decay rho^2 / 2)."""

@@ -124,6 +124,7 @@ def test_cuda_is_left_alone_unless_asked_for(capsys, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("TORUS_CUDA_EMULATE", raising=False)
     monkeypatch.setattr(backends, "unavailable", lambda name: asked.append(name) or f"no {name}")
     _, result = report(capsys)
     assert "--cuda does it" in result["backends"]["triton"] and "--cuda does it" in result["backends"]["cuda"]

@@ -68,7 +68,7 @@ struct ChunkQueryGradientsKernel {
 
     for (int k = 0; k < in.schedule.num_streams; ++k) {
       const int stream = in.schedule.stream[k];
-      sums.begin(backward, head, own.load().token, stream);
+      sums.begin_stream(backward, head, own.load().token, stream);
       warp.barrier();
       sweep.fill_table(biases, k, Bias{bias_slope(in, head, stream)});
       sweep.fill_table(squared, k, SquaredDistance{});
@@ -188,7 +188,7 @@ struct ChunkKeyGradientsKernel {
     const Lane<bool> exists = token >= 0;
     // Without a query there is no weight, whatever the bias.
     const Lane<float> lse2 = select(exists, load_lse2(backward, head, token, stream), -kNegativeInfinity);
-    numbers.store(row0, rows, lse2 * -ScoreScale(in).inverse, -load(backward.rows.delta, at, exists, 0.0f),
+    numbers.store(row0, rows, lse2 * -in.inverse2, -load(backward.rows.delta, at, exists, 0.0f),
                   load(backward.rows.gate, at, exists, 0.0f), oldest_key(in, head.batch, token));
   }
 };

@@ -18,7 +18,7 @@ struct QueryGradients : QuerySums {
   const SharedFragments<E, D>& d_out;
   const Rows keys, values;
   const ScoreScale scale;
-  RowStart level;  // -lse
+  RowStart level;  // -lse in base 2, in units of q . k
   Sum d_q[D / kColumns];
 
   TORUS_DEVICE QueryGradients(const RowFragments<E, D>& query, const SharedFragments<E, D>& d_out, const Rows& keys,
@@ -27,9 +27,9 @@ struct QueryGradients : QuerySums {
     zero_sums(d_q);
   }
 
-  TORUS_DEVICE void begin(const BackwardArguments& arguments, const Head& head, const Lane<int> (&token)[2],
-                          int stream) {
-    QuerySums::begin(arguments, head, token, stream);
+  TORUS_DEVICE void begin_stream(const BackwardArguments& arguments, const Head& head, const Lane<int> (&token)[2],
+                                 int stream) {
+    begin(arguments, head, token, stream);
     level = RowStart(lse2[0] * -scale.inverse, lse2[1] * -scale.inverse);
   }
 
@@ -160,7 +160,7 @@ struct KeyGradients {
       const int row0 = slots.row0(c);
       Sum mixed[kChunkTiles], d_scores[kChunkTiles];
       const auto start = [&](const Shared<SumNumbers>& of) {
-        return [&](int tile) { return QueryNumbers::start(of, row0 + tile * kColumns); };
+        return [&, of](int tile) { return QueryNumbers::start(of, row0 + tile * kColumns); };
       };
       multiply_rows(mixed, key, queries, row0, start(numbers.level));
       multiply_rows(d_scores, value, d_out, row0, start(numbers.delta));

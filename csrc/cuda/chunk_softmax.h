@@ -23,7 +23,7 @@ TORUS_DEVICE void add_biases(Sum (&scores)[kChunkTiles], const ChunkNumbers<kTil
   for (int t = 0; t < kChunkTiles; ++t)
     TORUS_UNROLL
     for (int i = 0; i < 4; ++i)
-      scores[t].value[i] = scores[t].value[i] * scale2 + biases.at(first_tile + t, i / 2, i % 2);
+      scores[t].value[i] = multiply_add(scores[t].value[i], scale2, biases.at(first_tile + t, i / 2, i % 2));
 }
 
 // 2^x in place of x, and sums over a lane's columns, one after another.
@@ -62,10 +62,9 @@ struct ChunkSoftmax : SoftmaxSums {
     multiply_rows(x, query, keys, slot * kChunkRows);
     hide(x);
     add_biases(x, ChunkNumbers<kChunkTiles>(table, 0), 0, scale.factor);
-    level = RowStart(anchor(quad_maximum(highest(x, 0))) * -scale.inverse,
-                     anchor(quad_maximum(highest(x, 1))) * -scale.inverse);
-    const Lane<float> shift[2] = {level.of_row(0) * -scale.factor, level.of_row(1) * -scale.factor};
-    add_exponentials(x, shift, with_spread, slot);
+    const Lane<float> none[2] = {0.0f, 0.0f}, shift[2] = {anchor(highest(x, 0)), anchor(highest(x, 1))};
+    level = RowStart(shift[0] * -scale.inverse, shift[1] * -scale.inverse);
+    add_exponentials(x, shift, none, with_spread, slot);
   }
 
   // Neighbouring chunks from `slot` on, the first so far from the queries' own; false, and nothing done, where their
@@ -94,31 +93,41 @@ struct ChunkSoftmax : SoftmaxSums {
     return true;
   }
 
-  // One chunk, whatever its scores.
+  // One chunk, whatever its scores. Rows in which they are too large have a new level, from which they are computed
+  // again: as far above the old one as they are, they have lost digits. Their largest is then subtracted, so that its
+  // exponential is 1 whatever the level was rounded to.
   template <class Table, class Hide>
   TORUS_DEVICE void add_chunk(const Table& table, int chunk, int slot, bool with_spread, Hide hide) {
     Sum x[kChunkTiles], e[kChunkTiles];
-    Lane<float> sums[2], shift[2], kept[2];
-    multiply_rows(x, query, keys, slot * kChunkRows, level);
-    hide(x);
-    add_biases(x, ChunkNumbers<kChunkTiles>(table, chunk), 0, scale.factor);
+    Lane<float> sums[2], shift[2] = {0.0f, 0.0f}, kept[2] = {1.0f, 1.0f};
+    const auto score = [&] {
+      multiply_rows(x, query, keys, slot * kChunkRows, level);
+      hide(x);
+      add_biases(x, ChunkNumbers<kChunkTiles>(table, chunk), 0, scale.factor);
+    };
+    score();
     copy(e, x);
     exponentiate(e, sums);
-    TORUS_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      shift[half] = select(quad_maximum(sums[half]) > kHeadroom, quad_maximum(highest(x, half)), Lane<float>(0.0f));
-      kept[half] = exp2_of(-shift[half]);
-      spread[half] = (spread[half] - total[half] * shift[half]) * kept[half];
-      total[half] = total[half] * kept[half];
-    }
-    if (any(kept[0] != 1.0f || kept[1] != 1.0f)) {
-      level = RowStart(level.of_row(0) - shift[0] * scale.inverse, level.of_row(1) - shift[1] * scale.inverse);
+    const Lane<bool> grows[2] = {quad_maximum(sums[0]) > kHeadroom, quad_maximum(sums[1]) > kHeadroom};
+    if (any(grows[0] || grows[1])) {
+      Lane<float> new_level[2];
+      TORUS_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const Lane<float> above = select(grows[half], highest(x, half), Lane<float>(0.0f));
+        kept[half] = exp2_of(-above);
+        new_level[half] = multiply_add(above, -scale.inverse, level.of_row(half));
+        if (with_spread) spread[half] = (spread[half] - total[half] * above) * kept[half];
+      }
+      level = RowStart(new_level[0], new_level[1]);
+      score();
+      TORUS_UNROLL
+      for (int half = 0; half < 2; ++half) shift[half] = select(grows[half], highest(x, half), Lane<float>(0.0f));
       TORUS_UNROLL
       for (int t = 0; t < D / kColumns; ++t)
         TORUS_UNROLL
         for (int i = 0; i < 4; ++i) out[t].value[i] = out[t].value[i] * kept[i / 2];
     }
-    add_exponentials(x, shift, with_spread, slot);
+    add_exponentials(x, shift, kept, with_spread, slot);
   }
 
   TORUS_DEVICE void finish() {
@@ -127,7 +136,9 @@ struct ChunkSoftmax : SoftmaxSums {
   }
 
  private:
-  TORUS_DEVICE void add_exponentials(Sum (&x)[kChunkTiles], const Lane<float> (&shift)[2], bool with_spread, int slot) {
+  // Of scores x less a shift, where what there is has been multiplied by `kept`, but for the total.
+  TORUS_DEVICE void add_exponentials(Sum (&x)[kChunkTiles], const Lane<float> (&shift)[2], const Lane<float> (&kept)[2],
+                                     bool with_spread, int slot) {
     Sum e[kChunkTiles];
     Lane<float> sums[2];
     TORUS_UNROLL
@@ -138,7 +149,7 @@ struct ChunkSoftmax : SoftmaxSums {
     exponentiate(e, sums);
     TORUS_UNROLL
     for (int half = 0; half < 2; ++half) {
-      total[half] = total[half] + sums[half];
+      total[half] = multiply_add(total[half], kept[half], sums[half]);
       if (!with_spread) continue;
       TORUS_UNROLL
       for (int t = 0; t < kChunkTiles; ++t)
@@ -148,13 +159,13 @@ struct ChunkSoftmax : SoftmaxSums {
     }
     multiply_depth<E, D>(out, left_of<E>(e[0], e[1]), values, slot * kChunkRows);
   }
-  // Of a row's columns in a lane.
+  // Of a row.
   static TORUS_DEVICE Lane<float> highest(const Sum (&x)[kChunkTiles], int half) {
     Lane<float> result = kNegativeInfinity;
     TORUS_UNROLL
     for (int t = 0; t < kChunkTiles; ++t)
       result = max_of_floats(result, max_of_floats(x[t].value[2 * half], x[t].value[2 * half + 1]));
-    return result;
+    return quad_maximum(result);
   }
   static TORUS_DEVICE void copy(Sum (&to)[kChunkTiles], const Sum (&from)[kChunkTiles]) {
     TORUS_UNROLL

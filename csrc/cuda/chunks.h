@@ -33,7 +33,7 @@ struct RowFragments {
   TORUS_DEVICE const Left<E>& operator()(int k) const { return held[k]; }
 };
 
-// In units of q . k and back: factors of scores in base 2.
+// `factor` makes of q . k a score in base 2, `inverse` turns it back.
 struct ScoreScale {
   float factor, inverse;
 

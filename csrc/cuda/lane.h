@@ -95,6 +95,8 @@ TORUS_DEVICE float reciprocal_of(float x) {
   return y;
 }
 TORUS_DEVICE float max_of_floats(float a, float b) { return fmaxf(a, b); }
+// x * y + z rounded once, for what must be the same to the bit in every kernel: elsewhere the compiler may choose.
+TORUS_DEVICE float multiply_add(float x, float y, float z) { return __fmaf_rn(x, y, z); }
 
 #endif
 

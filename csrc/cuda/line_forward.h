@@ -87,7 +87,7 @@ struct LineForwardKernel {
       };
     };
     if (walk.z == 0) softmax.begin(table, slot_of(walk, own_chunk), with_spread, hide_in(own_chunk));
-    for (int part = 1; part < Reach::kParts; ++part) {
+    for (int part = 1; part < Reach::kParts; ++part) {  // `begin` has taken the first
       const Chunks chunks = walk.reach.part(part, own_chunk).within(walk.window());
       int chunk = chunks.first, at = slot_of(walk, chunk);
       while (chunk <= chunks.last) {

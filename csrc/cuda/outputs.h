@@ -15,7 +15,7 @@ struct ForwardArguments {
 
 // Softmax of a stream in base 2, of a lane's two rows. Totals and spreads are of this lane's columns, until `finish`.
 struct SoftmaxSums {
-  Lane<float> maximum[2], total[2];
+  Lane<float> maximum[2], total[2];  // the maximum of chunks is known when they are finished
   Lane<float> spread[2];  // sum e (x - maximum), what keys add to the entropy
 
   TORUS_DEVICE SoftmaxSums() {

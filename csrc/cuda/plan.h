@@ -67,10 +67,10 @@ inline void check_supported(const AttentionInputs& in) {
         std::to_string(kMaxHeadDim) + " and up to 2^30 tokens");
 }
 
-// Whether kernels by chunks take the scores: they shift exponents in units of q . k, and a number of a row divided by the
-// scale must neither overflow nor lose digits.
+// Whether kernels by chunks take the scores: they shift exponents in units of q . k, and what a score may come to, with
+// its bias, must neither overflow nor lose digits when it is divided by the scale.
 inline bool shifts_products(const Operands& in) {
-  return std::abs(in.scale2) > 0x1p-64f && std::abs(in.scale2) < 0x1p64f;
+  return std::abs(in.scale2) > 0x1p-40f && std::abs(in.scale2) < 0x1p40f;
 }
 
 // Heads that a chunk has where each needs so many bytes of workspace: as many as half the cache holds, and a grid's

@@ -190,7 +190,7 @@ TORUS_DEVICE void store_pair(E* rows, const Lane<int64_t>& at, const Lane<float>
         where);
 }
 
-// visit(half, t, at, where) for the pairs of columns that a lane has of rows [16, D] as sums: `at` of the pair in sum t,
+// visit(half, t, at, where) for the pairs of columns that a lane has of rows [16, D] as sums: `at` of that in sum t,
 // counted in pairs, in a tensor whose tokens are so many elements apart.
 template <int D, class Visit>
 TORUS_DEVICE void for_each_pair(const Operands& in, const Lane<int> (&token)[2], int64_t stride, Visit visit) {

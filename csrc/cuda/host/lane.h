@@ -131,5 +131,8 @@ inline Lane<float> reciprocal_of(const Lane<float>& x) {
 inline Lane<float> max_of_floats(const Lane<float>& a, const Lane<float>& b) {
   return map([](float x, float y) { return std::fmax(x, y); }, a, b);
 }
+inline Lane<float> multiply_add(const Lane<float>& x, const Lane<float>& y, const Lane<float>& z) {
+  return map([](float a, float b, float c) { return std::fma(a, b, c); }, x, y, z);
+}
 
 }  // namespace torus::cuda
