@@ -70,8 +70,11 @@ struct ChunkQueryGradientsKernel {
       const int stream = in.schedule.stream[k];
       sums.begin_stream(backward, head, own.load().token, stream);
       warp.barrier();
-      sweep.fill_table(biases, k, Bias{bias_slope(in, head, stream)});
-      sweep.fill_table(squared, k, SquaredDistance{});
+      const Bias bias{bias_slope(in, head, stream)};
+      sweep.fill_table(k, [&](const auto& at, const auto& distances, const auto& where) {
+        put_pair(biases, bias, at, distances, where);
+        put_pair(squared, SquaredDistance{}, at, distances, where);
+      });
       sweep.template run<kInPairs>(
           k, head, k == 0 || !sweep.keeps_rows(), bring,
           [&](const Lane<int>& first, int chunk, const auto& slots, auto hide) {
@@ -137,7 +140,10 @@ struct ChunkKeyGradientsKernel {
       for (int k = 0; k < in.schedule.num_streams; ++k) {
         const int stream = in.schedule.stream[k];
         warp.barrier();
-        sweep.fill_table(biases, k, Bias{bias_slope(in, head, stream)});
+        const Bias bias{bias_slope(in, head, stream)};
+        sweep.fill_table(k, [&](const auto& at, const auto& squared, const auto& where) {
+          put_pair(biases, bias, at, squared, where);
+        });
         const bool brings_rows = k == 0 || !sweep.keeps_rows();
         const auto bring = [&](const Lane<int>& others, int row0, int rows) {
           if (brings_rows)

@@ -111,6 +111,14 @@ struct DisplacementTable {
   Lane<int> first;  // place of the first sum of the rows' own chunk
 };
 
+// Places of a table as they are filled: what `number` makes of two squared distances.
+template <class Number>
+TORUS_DEVICE void put_pair(const Shared<FloatPair>& pairs, Number number, const Lane<int>& at,
+                           const Lane<float> (&x)[2], const Lane<bool>& where) {
+  const auto pair = [](float low, float high) { return FloatPair{low, high}; };
+  pairs.store(at, map(pair, number(x[0]), number(x[1])), where);
+}
+
 // Those of 8 kTiles others, beginning with a chunk so far from the own one.
 template <int kTiles>
 struct ChunkNumbers {

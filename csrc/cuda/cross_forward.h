@@ -47,8 +47,12 @@ struct CrossForwardKernel {
       bring_keys<E, D>(in, head, token, {keys, values}, row0, rows);
     };
 
-    for (int k = 0; k < kMaxStreams; ++k)
-      fill_patch_table(pairs_of(k), in, warp, plan, k, Bias{bias_slope(in, head, schedule.stream[k])});
+    for (int k = 0; k < kMaxStreams; ++k) {
+      const Bias bias{bias_slope(in, head, schedule.stream[k])};
+      fill_patch_table(in, warp, plan, k, [&](const auto& at, const auto& squared, const auto& where) {
+        put_pair(pairs_of(k), bias, at, squared, where);
+      });
+    }
     for (int column = 0; column <= kMaxPatchReach; column = CrossPlan::next_column(column)) {
       const Chunks strip = plan.strip(own.row, column);
       if (strip.empty()) continue;

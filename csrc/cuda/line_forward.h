@@ -58,8 +58,10 @@ struct LineForwardKernel {
       do {
         warp.barrier();
         if (walk.z == 0) {
-          const float slope = bias_slope(in, head, schedule.stream[k]);
-          fill_line_table(pairs, in, warp, reach, k, Bias{slope});
+          const Bias bias{bias_slope(in, head, schedule.stream[k])};
+          fill_line_table(in, warp, reach, k, [&](const auto& at, const auto& squared, const auto& where) {
+            put_pair(pairs, bias, at, squared, where);
+          });
         }
         if (k == 0 || !plan.resident) stage_stretch(warp, walk, bring);
         warp.barrier();

@@ -8,24 +8,22 @@ namespace torus::cuda {
 
 using LineTable = DisplacementTable<kColumns>;
 
-// At place x, by the whole block, what `number` makes of the squared distances of displacement min_displacement() + x
-// and of the one before; of -1 where one of the schedule's streams sees nothing.
-template <class Number>
-TORUS_DEVICE void fill_line_table(const Shared<FloatPair>& pairs, const Operands& in, const Warp& warp,
-                                  const Reach& reach, int stream, Number number) {
+// put(x, squared distances, where), by the whole block, of displacement min_displacement() + x and of the one before;
+// -1 where one of the schedule's streams sees nothing.
+template <class Put>
+TORUS_DEVICE void fill_line_table(const Operands& in, const Warp& warp, const Reach& reach, int stream, Put put) {
   const float* const squared = in.squared + int64_t{1} * stream * in.schedule.table_columns();
   const auto at_displacement = [&](const Lane<int>& displacement) {
     const Lane<int> step = displacement * reach.sign;
     const Lane<bool> there = step >= reach.min_step && step <= reach.max_step;
-    return number(load(squared, cast<int64_t>(step - in.schedule.col_lo), there, -1.0f));
+    return load(squared, cast<int64_t>(step - in.schedule.col_lo), there, -1.0f);
   };
   const int size = reach.table_size();
   for (int first = warp.index() * kWarpLanes; first < size; first += in.schedule.warps * kWarpLanes) {
     const Lane<int> at = lane_index() + first;
-    const Lane<FloatPair> pair =
-        map([](float x, float before) { return FloatPair{x, before}; }, at_displacement(at + reach.min_displacement()),
-            at_displacement(at + (reach.min_displacement() - 1)));
-    pairs.store(at, pair, at < size);
+    const Lane<float> two[2] = {at_displacement(at + reach.min_displacement()),
+                                at_displacement(at + (reach.min_displacement() - 1))};
+    put(at, two, at < size);
   }
 }
 
@@ -91,9 +89,9 @@ struct LineSweep {
   // Whether the rows that a sweep has brought are those of every other one, too.
   TORUS_DEVICE bool keeps_rows() const { return plan.resident; }
 
-  template <class Number>
-  TORUS_DEVICE void fill_table(const Shared<FloatPair>& pairs, int k, Number number) const {
-    fill_line_table(pairs, in, warp, plan.reach[k], k, number);
+  template <class Put>
+  TORUS_DEVICE void fill_table(int k, Put put) const {
+    fill_line_table(in, warp, plan.reach[k], k, put);
   }
 
   // visit(first, chunk, slots, hide) for one or two chunks at a time of what own rows see of the schedule's stream k:

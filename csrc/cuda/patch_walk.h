@@ -9,10 +9,10 @@ namespace torus::cuda {
 // A place for every displacement of rows, kPatchTableRow places for one step, and of columns.
 using PatchTable = DisplacementTable<kPatchTableRow * kPatch / kChunkTiles>;
 
-// By the whole block, what `number` makes of squared distances; of -1 where one of the schedule's streams sees nothing.
-template <class Number>
-TORUS_DEVICE void fill_patch_table(const Shared<FloatPair>& pairs, const Operands& in, const Warp& warp,
-                                   const CrossPlan& plan, int stream, Number number) {
+// put(place, squared distances, where), by the whole block, of a displacement and of the one a column before; -1 where
+// one of the schedule's streams sees nothing.
+template <class Put>
+TORUS_DEVICE void fill_patch_table(const Operands& in, const Warp& warp, const CrossPlan& plan, int stream, Put put) {
   const Schedule& s = in.schedule;
   const float* const squared = in.squared + s.table_size() * stream;
   static_assert(kPatchTableRow <= kWarpLanes, "a lane for every column");
@@ -21,10 +21,9 @@ TORUS_DEVICE void fill_patch_table(const Shared<FloatPair>& pairs, const Operand
     const int a = (row - kMaxDisplacement) * plan.sign, place = (a - s.row_lo) * s.table_columns() - s.col_lo;
     const bool exists = a >= s.row_lo && a <= s.row_hi;
     const Lane<bool> there = b >= s.col_lo && b <= s.col_hi && exists;
-    const Lane<float> x = number(load(squared, cast<int64_t>(b + place), there, -1.0f));
-    const Lane<float> before = shuffle(x, (lane_index() + (kWarpLanes - 1)) % kWarpLanes);
-    const Lane<FloatPair> pair = map([](float low, float high) { return FloatPair{low, high}; }, x, before);
-    pairs.store(lane_index() + row * kPatchTableRow, pair, lane_index() < kPatchTableRow);
+    const Lane<float> x = load(squared, cast<int64_t>(b + place), there, -1.0f);
+    const Lane<float> two[2] = {x, shuffle(x, (lane_index() + (kWarpLanes - 1)) % kWarpLanes)};
+    put(lane_index() + row * kPatchTableRow, two, lane_index() < kPatchTableRow);
   }
 }
 
@@ -98,9 +97,9 @@ struct PatchSweep {
 
   TORUS_DEVICE bool keeps_rows() const { return false; }
 
-  template <class Number>
-  TORUS_DEVICE void fill_table(const Shared<FloatPair>& pairs, int k, Number number) const {
-    fill_patch_table(pairs, in, warp, plan, k, number);
+  template <class Put>
+  TORUS_DEVICE void fill_table(int k, Put put) const {
+    fill_patch_table(in, warp, plan, k, put);
   }
 
   // As LineSweep's; rows of patches are what is counted from the own one.
