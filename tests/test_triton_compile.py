@@ -196,6 +196,14 @@ class TestLaunches:
         assert len(launched) > 0
         assert launched == 3 * launched[:len(launched) // 3]
 
+    def test_a_line_of_one_tile_that_is_visited_queries_first(self):
+        """The only visit of its keys is compiled as a loop, what it gives must exist before."""
+        lattice = TorusLattice(32, 16, streams=("spiral_cw",))
+        workload = Workload("one-tile", lattice, batch=1, heads=1, head_dim=128)
+        codes = sass.compile_launches(lambda: sass.launch_attention(workload, torch.float32, backward=True), 80)
+        by_queries, = (code for code in codes if code.name == "lines_by_queries")
+        assert by_queries.constants["ONE_TILE"]
+
     @pytest.mark.parametrize("radius", [(3, 7), (7, 3), (2, 2)])
     def test_a_cross_flow_is_walked_along_its_short_axis(self, radius):
         from torus_kernels.backends.triton.launching import cross_flows

@@ -87,7 +87,7 @@ def _queries_of_line(
         key_end = tl.minimum(length, first_position + BLOCK_M)
     else:
         key_begin = 0
-        key_end = length
+        key_end = BLOCK_N if ONE_TILE else length
     k_base, v_base = line_base(operands.k, batch, kv_head, start), line_base(operands.v, batch, kv_head, start)
     totals = no_sums(BLOCK_M)
     partner_totals = totals
@@ -96,6 +96,11 @@ def _queries_of_line(
     decay_sums = totals  # of squared steps times dS
     partner_decay_sums = totals
     d_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # Given anew by the first sweep, or where there is one tile inside the loop, before which they must exist.
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    normaliser = delta
+    partner_delta = delta
+    partner_normaliser = delta
     SWEEPS: tl.constexpr = 1 if ONE_TILE else 2
     for sweep in tl.static_range(SWEEPS):
         for begin in range(key_begin, key_end, BLOCK_N):
