@@ -51,6 +51,10 @@ class Flow(NamedTuple):
         """``(TILE_U, TILE_V)`` of a tile with that many sites along either axis."""
         return (across, along) if self.by_rows else (along, across)
 
+    def walked(self, along: int) -> int:
+        """Sites along the steps of the walk around a tile with that many sites along them."""
+        return along + self.width - 1
+
     def tiles(self, across: int, along: int) -> int:
         """Tiles of the lattice."""
         tile_u, tile_v = self.tile(across, along)

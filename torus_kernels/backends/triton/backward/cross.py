@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from ..primitives.lattice import CAUSAL, CYLINDER, NUM_STREAMS, oldest_key
+from ..primitives.parts import dot_parts, load_parts, scaled_parts, store_parts, twice_to_parts, zero_parts
 from ..primitives.softmax import LOG2E, bias_slope
-from ..primitives.tiles import dot_transposed, dot_twice, gate_rows, hidden_zero, load_rows, store_rows
+from ..primitives.tiles import gate_rows, hidden_zero
 from ..primitives.window import (
     across_along,
     bias_along,
@@ -29,7 +30,7 @@ from .operands import (
     PARAMETER_SUMS,
     TOKEN_ALPHA,
     TOKEN_WEIGHTS,
-    accumulate_rows,
+    add_partials,
     base_of,
     inverse,
     load_alpha,
@@ -37,30 +38,29 @@ from .operands import (
     partial_of,
     row_sums_of,
     store_decay_sums,
-    sum_of_partials,
     takes_part,
 )
 
 
 @triton.jit
 def _finish_rows(
-    operands, results, batch, head, heads, seq_len, local_head, token, valid, d_out, d_q, own_delta,
+    operands, results, batch, head, heads, seq_len, local_head, token, valid, d_q, own_delta,
     FLOW: tl.constexpr, NUM_SLOTS: tl.constexpr, STREAMS: tl.constexpr, GATES: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):
     """Everything that ends with a row: gradients of queries, state and gates, and the program's part of the rest."""
     row = (batch.to(tl.int64) * heads + head) * seq_len + token
-    d_q = d_q + sum_of_partials(
-        operands.d_q, tl.num_programs(1), local_head, seq_len, token, valid, NUM_SLOTS, D, BLOCK_D
+    d_q = add_partials(
+        d_q, operands.d_q, tl.num_programs(1), local_head, seq_len, token, valid, NUM_SLOTS, D, BLOCK_D, PARTS
     )
-    store_rows(base_of(results.d_q, batch, head), token, valid, results.d_q.token, d_q, D, BLOCK_D)
+    store_parts(base_of(results.d_q, batch, head), token, valid, results.d_q.token, d_q, D, BLOCK_D, PARTS)
 
     stream = tl.arange(0, NUM_STREAMS)[None, :]
     of_others = valid[:, None] & takes_part(stream, STREAMS) & (stream != FLOW)
     delta = tl.load(row_sums_of(operands, local_head, seq_len, token)[:, None] + stream, mask=of_others, other=0.0)
     delta = tl.where(stream == FLOW, own_delta[:, None], delta)  # [BLOCK_M, 8]
     d_weights = delta
-    part = results.parameter_sums + (
+    own_sums = results.parameter_sums + (
         (batch.to(tl.int64) * heads + head) * tl.num_programs(0) + tl.program_id(0)
     ) * PARAMETER_SUMS
     if HAS_STATE & GATES:
@@ -68,33 +68,38 @@ def _finish_rows(
         d_weights = alpha[:, None] * delta
         weights_at = gate_rows(row, head, (TOKEN_WEIGHTS & GATES) != 0)[:, None] * NUM_STREAMS + stream
         weights = tl.load(operands.weights + weights_at, mask=valid[:, None] & takes_part(stream, STREAMS), other=0.0)
-        state = load_rows(base_of(operands.state, batch, head), token, valid, operands.state.token, D, BLOCK_D)
-        d_out = d_out.to(tl.float32)
-        d_alpha = tl.sum(weights * delta, axis=1) - tl.sum(d_out * state.to(tl.float32), axis=1)
-        store_rows(base_of(results.d_state, batch, head), token, valid, results.d_state.token,
-                   (1.0 - alpha)[:, None] * d_out, D, BLOCK_D)
+        d_alpha = tl.sum(weights * delta, axis=1)
+        state = load_parts(base_of(operands.state, batch, head), token, valid, operands.state.token, D, BLOCK_D, PARTS)
+        # Read again: held through the loops it would be there twice, once as their products take it.
+        d_out = load_parts(base_of(operands.d_out, batch, head), token, valid, operands.d_out.token, D, BLOCK_D, PARTS)
+        for part in tl.static_range(PARTS):
+            d_alpha -= tl.sum(d_out[part].to(tl.float32) * state[part].to(tl.float32), axis=1)
+        d_state = scaled_parts(d_out, (1.0 - alpha)[:, None], PARTS)
+        store_parts(base_of(results.d_state, batch, head), token, valid, results.d_state.token, d_state, D, BLOCK_D,
+                    PARTS)
         if TOKEN_ALPHA & GATES:
             tl.store(results.d_alpha + row, d_alpha, mask=valid)
         else:
-            tl.store(part + NUM_STREAMS, tl.sum(d_alpha, axis=0))
+            tl.store(own_sums + NUM_STREAMS, tl.sum(d_alpha, axis=0))
     if TOKEN_WEIGHTS & GATES:
         tl.store(results.d_weights + row[:, None] * NUM_STREAMS + stream, d_weights, mask=valid[:, None])
     else:
-        tl.store(part + tl.arange(0, NUM_STREAMS), tl.sum(d_weights, axis=0))
+        tl.store(own_sums + tl.arange(0, NUM_STREAMS), tl.sum(d_weights, axis=0))
 
 
 @triton.jit
 def _row_gradients(
     operands, batch, head, heads, group, seq_len, n_major, n_minor, scale, first_row, first_col, row, col, token, valid,
-    d_out, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v,
+    num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v,
     TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FLOW: tl.constexpr, BY_ROWS: tl.constexpr, GATES: tl.constexpr,
     HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE_U: tl.constexpr, TILE_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr, TILE_U: tl.constexpr, TILE_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """One flow: ``(d_q, delta, inverse total, sum of rho^2 dS over the tile)``."""
     BLOCK_M: tl.constexpr = TILE_U * TILE_V
     kv_head = head // group
-    q = load_rows(base_of(operands.q, batch, head), token, valid, operands.q.token, D, BLOCK_D)
+    q = load_parts(base_of(operands.q, batch, head), token, valid, operands.q.token, D, BLOCK_D, PARTS)
+    d_out = load_parts(base_of(operands.d_out, batch, head), token, valid, operands.d_out.token, D, BLOCK_D, PARTS)
     k_base, v_base = base_of(operands.k, batch, kv_head), base_of(operands.v, batch, kv_head)
     lse, gate = load_stream(operands, batch, head, heads, seq_len, token, valid, FLOW, STREAMS, GATES)
     decay = tl.load(operands.decay + head * NUM_STREAMS + FLOW)
@@ -106,7 +111,7 @@ def _row_gradients(
     across_begin, across_end, along_begin, along_end = walk(
         first_row, num_rows, -a_hi, -a_lo, -b_hi, -b_lo, TOPOLOGY, BY_ROWS, TILE_U, TILE_V
     )
-    if BLOCK_D <= 64 and q.dtype != tl.float32:
+    if BLOCK_D <= 64 and q[0].dtype != tl.float32:
         # Spares registers that are kept for a loop without a turn; wider rows spill more with it.
         tl.assume(along_begin < along_end)
     across_site, along_site = across_along(row, col, BY_ROWS)
@@ -117,7 +122,7 @@ def _row_gradients(
     normaliser = tl.zeros([BLOCK_M], tl.float32)
     delta = tl.zeros([BLOCK_M], tl.float32)
     decay_sums = tl.zeros([BLOCK_M], tl.float32)
-    d_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    d_q = zero_parts(BLOCK_M, BLOCK_D, PARTS)
     for sweep in tl.static_range(2):
         for first in range(along_begin, along_end, BLOCK_N):
             along = first + tl.arange(0, BLOCK_N)
@@ -135,18 +140,18 @@ def _row_gradients(
                 across_token = tokens_on_axis(across, first_row, first_col, n_major, n_minor, TOPOLOGY, BY_ROWS)
                 # Keys beyond the window may exist and be read; their bias is -inf.
                 exists = sites_exist(across_token + along_token, seq_len, TOPOLOGY, BY_ROWS)
-                k = load_rows(k_base + across_token * operands.k.token, along_token, exists, operands.k.token, D,
-                              BLOCK_D)  # [BLOCK_N, D]
-                v = load_rows(v_base + across_token * operands.v.token, along_token, exists, operands.v.token, D,
-                              BLOCK_D)
-                scores = dot_transposed(q, k, PRECISION) * (scale * LOG2E) + along_bias  # [BLOCK_M, BLOCK_N]
+                k = load_parts(k_base + across_token * operands.k.token, along_token, exists, operands.k.token, D,
+                               BLOCK_D, PARTS)  # [BLOCK_N, D]
+                v = load_parts(v_base + across_token * operands.v.token, along_token, exists, operands.v.token, D,
+                               BLOCK_D, PARTS)
+                scores = dot_parts(q, k, PARTS, PRECISION) * (scale * LOG2E) + along_bias  # [BLOCK_M, BLOCK_N]
                 if TOPOLOGY == CAUSAL:
                     seen = in_sight((across_token + along_token)[None, :], token[:, None], oldest[:, None], seq_len)
                     scores = tl.where(seen, scores, float("-inf"))
                 apart_across = across_site - across
                 across_bias = bias_along(apart_across, across_lo, across_hi, bias_slope(decay, across_unit))
                 probs = tl.exp2(scores + (across_bias - lse)[:, None])
-                d_probs = dot_transposed(d_out, v, PRECISION)
+                d_probs = dot_parts(d_out, v, PARTS, PRECISION)
                 if sweep == 0:
                     totals += probs
                     sums += probs * d_probs
@@ -154,7 +159,7 @@ def _row_gradients(
                     d_scores = probs * (d_probs - delta[:, None])
                     across_squared = apart_across.to(tl.float32) * apart_across.to(tl.float32) * across_unit
                     sums += (along_squared + across_squared[:, None]) * d_scores
-                    d_q = dot_twice(d_scores, k, PRECISION, d_q)
+                    d_q = twice_to_parts(d_scores, k, d_q, PARTS, PRECISION)
             if sweep == 0:
                 normaliser += tl.sum(totals, axis=1)
                 delta += tl.sum(sums, axis=1)
@@ -165,7 +170,7 @@ def _row_gradients(
             delta *= normaliser
     # What is the same for all keys of a query is multiplied last.
     gate *= normaliser
-    return (scale * gate)[:, None] * d_q, delta, normaliser, tl.sum(gate * decay_sums, axis=0)
+    return scaled_parts(d_q, (scale * gate)[:, None], PARTS), delta, normaliser, tl.sum(gate * decay_sums, axis=0)
 
 
 @triton.jit(do_not_specialize=[
@@ -178,7 +183,7 @@ def cross_by_queries(
     TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FLOW: tl.constexpr, BY_ROWS: tl.constexpr, FINISH: tl.constexpr,
     SLOT: tl.constexpr, NUM_SLOTS: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr,
     HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE_U: tl.constexpr, TILE_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr, TILE_U: tl.constexpr, TILE_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """One program: a tile of queries of one head and one flow.
 
@@ -191,14 +196,13 @@ def cross_by_queries(
     first_row, first_col, row, col, token, valid = tile_sites(
         tl.program_id(0), n_minor, seq_len, num_rows, num_cols, TILE_U, TILE_V
     )
-    d_out = load_rows(base_of(operands.d_out, batch, head), token, valid, operands.d_out.token, D, BLOCK_D)
     delta = tl.zeros([TILE_U * TILE_V], tl.float32)
-    d_q = tl.zeros([TILE_U * TILE_V, BLOCK_D], tl.float32)
+    d_q = zero_parts(TILE_U * TILE_V, BLOCK_D, PARTS)
     if FLOW >= 0:
         d_q, delta, normaliser, decay_sum = _row_gradients(
             operands, batch, head, heads, group, seq_len, n_major, n_minor, scale, first_row, first_col, row, col,
-            token, valid, d_out, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v, TOPOLOGY, STREAMS, FLOW, BY_ROWS,
-            GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, TILE_U, TILE_V, BLOCK_N,
+            token, valid, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v, TOPOLOGY, STREAMS, FLOW, BY_ROWS,
+            GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, TILE_U, TILE_V, BLOCK_N,
         )
         zero = hidden_zero(seq_len)
         local_head += zero
@@ -212,8 +216,12 @@ def cross_by_queries(
         store_decay_sums(operands, first_head + local_head, first_program + tl.program_id(0), num_programs, FLOW,
                          decay_sum, 0.0)
     if FINISH:
-        _finish_rows(operands, results, batch, head, heads, seq_len, local_head, token, valid, d_out, d_q, delta, FLOW,
-                     NUM_SLOTS, STREAMS, GATES, D, BLOCK_D)
+        _finish_rows(operands, results, batch, head, heads, seq_len, local_head, token, valid, d_q, delta, FLOW,
+                     NUM_SLOTS, STREAMS, GATES, D, BLOCK_D, PARTS)
     else:
+        SLOTS: tl.constexpr = 1 if ACCUMULATE else 0
+        d_q = add_partials(
+            d_q, operands.d_q, tl.num_programs(1), local_head, seq_len, token, valid, SLOTS, D, BLOCK_D, PARTS
+        )
         d_q_base = partial_of(operands.d_q, SLOT, tl.num_programs(1), local_head, seq_len, D)
-        accumulate_rows(d_q_base, token, valid, d_q, ACCUMULATE, D, BLOCK_D)
+        store_parts(d_q_base, token, valid, D, d_q, D, BLOCK_D, PARTS)

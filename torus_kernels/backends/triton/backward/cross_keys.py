@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from ..primitives.lattice import CAUSAL, NUM_STREAMS, oldest_key
+from ..primitives.parts import cast_to_parts, dot_parts, load_parts, scaled_parts, store_parts, zero_parts
 from ..primitives.softmax import LOG2E, bias_slope
-from ..primitives.tiles import dot_cast, dot_transposed, hidden_zero, load_rows, store_rows
+from ..primitives.tiles import hidden_zero
 from ..primitives.window import (
     across_along,
     bias_along,
@@ -23,7 +24,7 @@ from ..primitives.window import (
     tokens_on_axis,
     walk,
 )
-from .operands import base_of, load_stream, partial_of, row_sums_of, sum_of_partials
+from .operands import add_partials, base_of, load_stream, partial_of, row_sums_of
 
 
 @triton.jit
@@ -32,11 +33,11 @@ def _add_gradients(
     first_col, key_row, key_col, key_token, key_valid, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v,
     TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FLOW: tl.constexpr, BY_ROWS: tl.constexpr, GROUPED: tl.constexpr,
     GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE_U: tl.constexpr, TILE_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    PARTS: tl.constexpr, TILE_U: tl.constexpr, TILE_V: tl.constexpr, BLOCK_M: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):
     """``(d_k, d_v)`` and what one flow adds for a tile of keys, from all query heads that read it."""
-    k = load_rows(base_of(operands.k, batch, kv_head), key_token, key_valid, operands.k.token, D, BLOCK_D)
-    v = load_rows(base_of(operands.v, batch, kv_head), key_token, key_valid, operands.v.token, D, BLOCK_D)
+    k = load_parts(base_of(operands.k, batch, kv_head), key_token, key_valid, operands.k.token, D, BLOCK_D, PARTS)
+    v = load_parts(base_of(operands.v, batch, kv_head), key_token, key_valid, operands.v.token, D, BLOCK_D, PARTS)
     across_begin, across_end, along_begin, along_end = walk(
         first_row, num_rows, a_lo, a_hi, b_lo, b_hi, TOPOLOGY, BY_ROWS, TILE_U, TILE_V
     )
@@ -51,8 +52,8 @@ def _add_gradients(
         local_head = local_pair * group + member
         q_base, d_out_base = base_of(operands.q, batch, head), base_of(operands.d_out, batch, head)
         decay = tl.load(operands.decay + head * NUM_STREAMS + FLOW)
-        for first in range(along_begin, along_end, BLOCK_M):
-            along = first + tl.arange(0, BLOCK_M)
+        for block in range(1 if ONE_BLOCK else tl.cdiv(along_end - along_begin, BLOCK_M)):
+            along = along_begin + block * BLOCK_M + tl.arange(0, BLOCK_M)
             along_bias = bias_along(along[None, :] - along_site[:, None], along_lo, along_hi,
                                     bias_slope(decay, along_unit))
             along_token = tokens_on_axis(along, first_row, first_col, n_major, n_minor, TOPOLOGY, not BY_ROWS)
@@ -60,13 +61,13 @@ def _add_gradients(
                 across_token = tokens_on_axis(across, first_row, first_col, n_major, n_minor, TOPOLOGY, BY_ROWS)
                 token = across_token + along_token
                 valid = sites_exist(token, seq_len, TOPOLOGY, BY_ROWS) & (along < along_end)
-                q = load_rows(q_base, token, valid, operands.q.token, D, BLOCK_D)  # [BLOCK_M, D]
-                d_out = load_rows(d_out_base, token, valid, operands.d_out.token, D, BLOCK_D)
+                q = load_parts(q_base, token, valid, operands.q.token, D, BLOCK_D, PARTS)  # [BLOCK_M, D]
+                d_out = load_parts(d_out_base, token, valid, operands.d_out.token, D, BLOCK_D, PARTS)
                 lse, gate = load_stream(operands, batch, head, heads, seq_len, token, valid, FLOW, STREAMS, GATES)
                 sums = row_sums_of(operands, local_head, seq_len, token) + FLOW
                 delta = tl.load(sums, mask=valid, other=0.0)
                 gate *= tl.load(sums + NUM_STREAMS, mask=valid, other=0.0)
-                scores = dot_transposed(k, q, PRECISION) * (scale * LOG2E) + along_bias  # [BLOCK_N, BLOCK_M]
+                scores = dot_parts(k, q, PARTS, PRECISION) * (scale * LOG2E) + along_bias  # [BLOCK_N, BLOCK_M]
                 if TOPOLOGY == CAUSAL:
                     oldest = memory_of(token, n_major, n_minor)
                     if HAS_FIRST_KEY:
@@ -76,9 +77,9 @@ def _add_gradients(
                 across_bias = bias_along(across - across_site, across_lo, across_hi, bias_slope(decay, across_unit))
                 # Of a query that is not there the log-sum-exp is infinite.
                 weighted = gate[None, :] * tl.exp2(scores + across_bias[:, None] - lse[None, :])
-                d_probs = dot_transposed(v, d_out, PRECISION)
-                d_v = dot_cast(weighted, d_out, PRECISION, d_v)
-                d_k = dot_cast(weighted * (d_probs - delta[None, :]), q, PRECISION, d_k)
+                d_probs = dot_parts(v, d_out, PARTS, PRECISION)
+                d_v = cast_to_parts(weighted, d_out, d_v, PARTS, PRECISION)
+                d_k = cast_to_parts(weighted * (d_probs - delta[None, :]), q, d_k, PARTS, PRECISION)
     return d_k, d_v
 
 
@@ -92,7 +93,7 @@ def cross_by_keys(
     TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FLOW: tl.constexpr, BY_ROWS: tl.constexpr, FINISH: tl.constexpr,
     SLOT: tl.constexpr, NUM_SLOTS: tl.constexpr, ACCUMULATE: tl.constexpr, GROUPED: tl.constexpr, GATES: tl.constexpr,
     HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE_U: tl.constexpr, TILE_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    PARTS: tl.constexpr, TILE_U: tl.constexpr, TILE_V: tl.constexpr, BLOCK_M: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):
     """One program: a tile of keys of one key/value head and one flow, for all query heads that read it.
 
@@ -105,27 +106,31 @@ def cross_by_keys(
         tl.program_id(0), n_minor, seq_len, num_rows, num_cols, TILE_U, TILE_V
     )
     # Sums begin with what is there: added at the end it would need registers beside both of them.
-    PARTIALS: tl.constexpr = NUM_SLOTS if FINISH else (1 if ACCUMULATE else 0)
-    d_k = sum_of_partials(operands.d_k, num_pairs, local_pair, seq_len, token, valid, PARTIALS, D, BLOCK_D)
-    d_v = sum_of_partials(operands.d_v, num_pairs, local_pair, seq_len, token, valid, PARTIALS, D, BLOCK_D)
+    SLOTS: tl.constexpr = NUM_SLOTS if FINISH else (1 if ACCUMULATE else 0)
+    nothing = zero_parts(TILE_U * TILE_V, BLOCK_D, PARTS)
+    d_k = add_partials(nothing, operands.d_k, num_pairs, local_pair, seq_len, token, valid, SLOTS, D, BLOCK_D, PARTS)
+    d_v = add_partials(nothing, operands.d_v, num_pairs, local_pair, seq_len, token, valid, SLOTS, D, BLOCK_D, PARTS)
     if FLOW >= 0:
         d_k, d_v = _add_gradients(
             d_k, d_v, operands, batch, kv_head, heads, group, local_pair, seq_len, n_major, n_minor, scale, first_row,
             first_col, row, col, token, valid, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v, TOPOLOGY, STREAMS,
-            FLOW, BY_ROWS, GROUPED, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, TILE_U, TILE_V, BLOCK_M,
+            FLOW, BY_ROWS, GROUPED, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, TILE_U, TILE_V, BLOCK_M,
+            ONE_BLOCK,
         )
         zero = hidden_zero(seq_len)
         local_pair += zero
+        kv_heads = (heads + zero) // group
         batch, kv_head = (first_pair + local_pair) // kv_heads, (first_pair + local_pair) % kv_heads
         _, _, _, _, token, valid = tile_sites(
             tl.program_id(0) + zero, n_minor, seq_len, num_rows, num_cols, TILE_U, TILE_V
         )
     if FINISH:
         d_k_base, d_v_base = base_of(results.d_k, batch, kv_head), base_of(results.d_v, batch, kv_head)
-        store_rows(d_k_base, token, valid, results.d_k.token, scale * d_k, D, BLOCK_D)
-        store_rows(d_v_base, token, valid, results.d_v.token, d_v, D, BLOCK_D)
+        d_k_stride, d_v_stride = results.d_k.token, results.d_v.token
+        d_k = scaled_parts(d_k, scale, PARTS)
     else:
         d_k_base = partial_of(operands.d_k, SLOT, num_pairs, local_pair, seq_len, D)
         d_v_base = partial_of(operands.d_v, SLOT, num_pairs, local_pair, seq_len, D)
-        store_rows(d_k_base, token, valid, D, d_k, D, BLOCK_D)
-        store_rows(d_v_base, token, valid, D, d_v, D, BLOCK_D)
+        d_k_stride, d_v_stride = D, D
+    store_parts(d_k_base, token, valid, d_k_stride, d_k, D, BLOCK_D, PARTS)
+    store_parts(d_v_base, token, valid, d_v_stride, d_v, D, BLOCK_D, PARTS)

@@ -56,6 +56,7 @@ class CrossLaunch(NamedTuple):
     block: int  # the other side of a score tile: sites of one step
     num_warps: int
     num_stages: int
+    parts: int = 1  # of the channels, each with sums of its own
 
 
 def _mask(families: Iterable[LineFamily]) -> int:
@@ -71,7 +72,7 @@ def _power(n: int, limit: int) -> int:
 _LINES = {
     (True, 64): (64, Blocks(64, 32, 4, 2), Blocks(32, 128, 8, 2)),
     (True, 128): (32, Blocks(64, 32, 4, 1), Blocks(16, 64, 4, 1)),
-    (True, 256): (16, Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1)),
+    (True, 256): (16, Blocks(16, 32, 4, 2), Blocks(16, 32, 4, 1)),
     (False, 64): (32, Blocks(32, 32, 4, 2), Blocks(16, 32, 4, 2)),
     (False, 128): (16, Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1)),
     (False, 256): (16, Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
@@ -92,12 +93,23 @@ def _fills_long_blocks(families: tuple[LineFamily, ...], by_queries: Blocks) -> 
     )
 
 
+def _fitting(blocks: Blocks, walks_queries: bool, longest: int, dtype: torch.dtype) -> Blocks:
+    """Blocks no longer than the longest line, and one stage where it is walked in a single step."""
+    block_m, block_n = _power(longest, blocks.block_m), _power(longest, blocks.block_n)
+    share = blocks.block_m * blocks.block_n // (block_m * block_n)
+    num_warps = blocks.num_warps if dtype == torch.float32 else max(1, blocks.num_warps // share)
+    step = block_m if walks_queries else block_n
+    return Blocks(block_m, block_n, num_warps, blocks.num_stages if longest > step else 1)
+
+
 def line_launches(
-    lattice: TorusLattice, seq_len: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+    lattice: TorusLattice, seq_len: int, head_dim: int, dtype: torch.dtype, group: int, capability: tuple[int, int]
 ) -> tuple[LineLaunch, ...]:
     """Families whose lines fit a block of keys, then the longer ones."""
     tiles = _LINES if capability >= (9, 0) else _LINES | _EARLY_LINES
     limit, by_queries, by_keys = tiles[dtype != torch.float32, max(64, block_d(head_dim))]
+    if group > 1:
+        limit = 0  # a tile that is a whole line leaves no registers for sums over heads
     families = line_families(lattice, seq_len)
     short = tuple(family for family in families if family.length <= limit)
     long = tuple(family for family in families if family.length > limit)
@@ -109,7 +121,10 @@ def line_launches(
     if long:
         if _fills_long_blocks(long, by_queries):
             by_queries = _LONG_LINES[by_queries]
-        launches.append(LineLaunch(long, by_keys, by_queries))
+        longest = max(family.length for family in long)
+        launches.append(LineLaunch(
+            long, _fitting(by_keys, True, longest, dtype), _fitting(by_queries, False, longest, dtype)
+        ))
     return tuple(launches)
 
 
@@ -129,10 +144,17 @@ def cross_launches(
     if dtype == torch.float32:
         keys = queries._replace(num_warps=8)  # each with half the products to unroll
         queries = keys if wide > 32 else queries
+        if wide == 64 and not causal and capability < (9, 0):
+            keys = keys._replace(num_warps=4)  # fewer instructions, where there are registers for them
     elif 64 < wide <= 128 and capability >= (9, 0):
-        keys = keys._replace(block=16)  # a step of 32 spills beside two sums of 128 channels
+        keys = keys._replace(block=16, parts=2)  # a step of 32 spills beside two sums of 128 channels
+    elif 64 < wide <= 128:
+        queries = queries._replace(block=16, parts=2)
     elif light and causal and capability < (9, 0):
-        keys = keys._replace(across=2, num_stages=2)  # mma.sync would take more registers than there are
+        queries = queries._replace(parts=2 if wide == 64 else 1)
+        keys = keys._replace(across=2)  # mma.sync would take more registers than there are
+    elif light and wide == 64 and capability < (9, 0):
+        queries = keys = queries._replace(parts=2)
     return queries, keys
 
 
@@ -189,7 +211,7 @@ def _plan(
     lattice: TorusLattice, batch: int, kv_heads: int, group: int, seq_len: int, head_dim: int, dtype: torch.dtype,
     device: torch.device, precision: str, gates: int, has_first_key: bool,
 ) -> _Plan:
-    launches = line_launches(lattice, seq_len, head_dim, dtype, capability(device))
+    launches = line_launches(lattice, seq_len, head_dim, dtype, group, capability(device))
     flows = cross_flows(lattice, seq_len)
     crosses = [cross_launches(flow.width, head_dim, dtype, lattice.is_causal, capability(device)) for flow in flows]
     tiles = [flow.tiles(queries.across, queries.along) for flow, (queries, _) in zip(flows, crosses, strict=True)]
@@ -231,12 +253,14 @@ def _plan(
             tile_u, tile_v = flow.tile(cross.across, cross.along)
             numbers = (line_part + sum(tiles[:place]), programs) if owns_queries else ()
             num_tiles = flow.tiles(cross.across, cross.along)
-            grouped = {} if owns_queries else {"GROUPED": group > 1}
+            of_keys = {} if owns_queries else {
+                "GROUPED": group > 1, "ONE_BLOCK": flow.walked(cross.along) <= cross.block,
+            }
             cross_calls.append((kernel, owns_queries, num_tiles, (*numbers, *flow.arguments), {
                 "FLOW": flow.stream, "BY_ROWS": flow.by_rows, "FINISH": place == len(flows) - 1,
                 "SLOT": num_families if apart else 0, "NUM_SLOTS": slots, "ACCUMULATE": not apart and num_families > 0,
                 "TILE_U": tile_u, "TILE_V": tile_v, "num_warps": cross.num_warps, "num_stages": cross.num_stages,
-                block: cross.block, **grouped, **shared,
+                "PARTS": cross.parts, block: cross.block, **of_keys, **shared,
             }))
     return _Plan(slots, chunk, programs, tiles[-1], tuple(line_calls), tuple(cross_calls))
 

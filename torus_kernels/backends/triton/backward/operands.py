@@ -140,14 +140,20 @@ def partial_of(workspace, slot, count, local, seq_len, D: tl.constexpr):
 
 
 @triton.jit
-def sum_of_partials(
-    workspace, count, local, seq_len, token, valid, NUM_SLOTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+def add_partials(
+    parts, workspace, count, local, seq_len, token, valid, NUM_SLOTS: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):
-    """What earlier launches left for rows ``[BLOCK, BLOCK_D]`` in their slots, summed in their order."""
-    total = tl.zeros([token.shape[0], BLOCK_D], tl.float32)
-    for slot in tl.static_range(NUM_SLOTS):
-        total += load_rows(partial_of(workspace, slot, count, local, seq_len, D), token, valid, D, D, BLOCK_D)
-    return total
+    """Rows in parts, and what earlier launches left for them in the first slots, added in the order of those."""
+    WIDTH: tl.constexpr = BLOCK_D // PARTS
+    added = ()
+    for part in tl.static_range(PARTS):
+        rows = parts[part]
+        for slot in tl.static_range(NUM_SLOTS):
+            base = partial_of(workspace, slot, count, local, seq_len, D) + part * WIDTH
+            rows += load_rows(base, token, valid, D, D - part * WIDTH, WIDTH)
+        added += (rows,)
+    return added
 
 
 @triton.jit

@@ -60,6 +60,7 @@ class CrossLaunch(NamedTuple):
 _MAX_WHOLE = 128
 _MIN_FOLD = 32  # columns
 _SMALL_TILE = 32 * 32  # scores
+_MAX_ROWS = 32 * 128  # numbers in a block of queries, of which loops that are not folded make two sums
 
 # By (16-bit, BLOCK_D), of lines that are visited in bands: queries, keys of a step, warps, stages. Chosen among those
 # that compile without spills, by instructions for each query.
@@ -98,9 +99,10 @@ def _folds(family: LineFamily, block_m: int, head_dim: int, dtype: torch.dtype) 
 
 
 def _whole_launch(
-    members: list[tuple[LineFamily, bool]], block_m: int, light: bool, dtype: torch.dtype, capability: tuple[int, int]
+    members: list[tuple[LineFamily, bool]], block_m: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> LineLaunch:
     """Families whose lines fit one block of keys, loops folded or not."""
+    light = _light(head_dim, dtype)
     families = tuple(family for family, _ in members)
     halves = [family.loop // 2 for family, fold in members if fold]
     block_n = _power(max((family.length for family, fold in members if not fold), default=1))
@@ -108,6 +110,8 @@ def _whole_launch(
     num_warps = 4 if dtype != torch.float32 else 8
     if capability < (9, 0) and not halves and max(block_m, block_n) > 64:
         block_m, num_warps = 32, 2  # mma.sync would take more registers than there are
+    if block_m * head_dim > _MAX_ROWS and families[0].family < 2:
+        block_m //= 2
     if light and not halves and block_m * block_n <= _SMALL_TILE:
         num_warps = 2  # what a line costs beside its scores is paid by every warp
     even = all(
@@ -148,25 +152,29 @@ def line_launches(
     whole, bands = {}, {}
     for family in families:
         loops = len(FAMILY_STREAMS[family.family]) == 2
-        if family.length > (_MAX_WHOLE if light and family.form != OPEN_PAST.value else _MAX_WHOLE // 2):
+        # Longer than half the longest, only a line that fills its block leaves registers, which need not mask it.
+        fills = light and family.form != OPEN_PAST.value and family.length == _MAX_WHOLE
+        if family.length > _MAX_WHOLE // 2 and not fills:
             bands.setdefault(loops, []).append(family)
             continue
         fold = _folds(family, block_m, head_dim, dtype)
         # Loops and spirals with long lines are launched apart: together they would take more registers.
         whole.setdefault((loops and family.length > 64, loops and not fold), []).append((family, fold))
     return (
-        *(_whole_launch(members, block_m, light, dtype, capability) for members in whole.values()),
+        *(_whole_launch(members, block_m, head_dim, dtype, capability) for members in whole.values()),
         *(_band_launch(tuple(members), head_dim, dtype, capability) for members in bands.values()),
     )
 
 
-def cross_launch(width: int, head_dim: int, dtype: torch.dtype) -> CrossLaunch:
+def cross_launch(width: int, head_dim: int, dtype: torch.dtype, causal: bool) -> CrossLaunch:
     """Tiles 16 sites long, and blocks of keys as long as a tile with its halo, where the window is ``width`` long."""
     light = block_d(head_dim) <= 64 and dtype != torch.float32
     along = 16
     block_n = max(MIN_BLOCK, min(64, triton.next_power_of_2(along + width - 1)))
     wide_rows = block_d(head_dim) * dtype.itemsize > 256
-    return CrossLaunch(4 if light else 2, along, block_n, 8 if wide_rows else 4, 2)
+    # In float32 comparisons of time take the registers of a second stage.
+    num_stages = 1 if causal and dtype == torch.float32 else 2
+    return CrossLaunch(4 if light else 2, along, block_n, 8 if wide_rows else 4, num_stages)
 
 
 def _axes(lattice: TorusLattice) -> tuple[int, int]:
@@ -212,7 +220,7 @@ def _plan(
     }) for launch in launches)
     crosses = []
     for place, flow in enumerate(flows):
-        cross = cross_launch(flow.width, head_dim, dtype)
+        cross = cross_launch(flow.width, head_dim, dtype, lattice.is_causal)
         tile_u, tile_v = flow.tile(cross.across, cross.along)
         crosses.append((flow.tiles(cross.across, cross.along), flow.arguments, {
             "FLOW": flow.stream, "BY_ROWS": flow.by_rows, "FINISH": place == len(flows) - 1,

@@ -54,7 +54,7 @@ def load_rows(base, token, valid, stride_token, D: tl.constexpr, BLOCK_D: tl.con
     """Rows ``[BLOCK, BLOCK_D]``; zero where not ``valid`` ``[BLOCK]``."""
     pointers = row_pointers(base, token, stride_token, BLOCK_D)
     mask = valid[:, None]
-    if BLOCK_D != D:
+    if BLOCK_D > D:
         mask = mask & (tl.arange(0, BLOCK_D) < D)[None, :]
     return tl.load(pointers, mask=mask, other=0.0)
 
@@ -64,7 +64,7 @@ def store_rows(base, token, valid, stride_token, rows, D: tl.constexpr, BLOCK_D:
     """Writes rows ``[BLOCK, BLOCK_D]`` where ``valid``, rounded to the pointer's dtype."""
     pointers = row_pointers(base, token, stride_token, BLOCK_D)
     mask = valid[:, None]
-    if BLOCK_D != D:
+    if BLOCK_D > D:
         mask = mask & (tl.arange(0, BLOCK_D) < D)[None, :]
     tl.store(pointers, rows.to(base.dtype.element_ty), mask=mask)
 
