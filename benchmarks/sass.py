@@ -326,14 +326,20 @@ def compile_launches(function: Callable[[], object], capability: int) -> list[Co
     return [read(kernel, constants) for kernel, constants in found.values()]
 
 
-def launch_attention(workload: Workload, dtype: torch.dtype, *, backward: bool) -> None:
-    """Calls the Triton backend on a workload's tensors of no memory: for `compile_launches`."""
+def launch_attention(
+    workload: Workload, dtype: torch.dtype, *, backward: bool, kv_heads: int | None = None
+) -> None:
+    """Calls the Triton backend on a workload's tensors of no memory: for `compile_launches`. Of its heads each has keys
+    of its own, or ``kv_heads`` have."""
     backend = load("triton")
     lattice, heads = workload.lattice, workload.heads
     shape = (workload.batch, heads, workload.seq_len, workload.head_dim)
 
-    def tokens() -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def tokens(count: int = heads) -> torch.Tensor:
+        return torch.empty((shape[0], count, *shape[2:]), dtype=dtype, device="meta")
+
+    def keys() -> torch.Tensor:
+        return tokens(kv_heads or heads)
 
     def parameters(*sizes: int) -> torch.Tensor:
         return torch.empty(sizes, dtype=torch.float32, device="meta")
@@ -342,10 +348,10 @@ def launch_attention(workload: Workload, dtype: torch.dtype, *, backward: bool) 
     operands = (weights, decay, tokens(), parameters(heads), None, lattice, workload.head_dim**-0.5)
     lse = parameters(*shape[:3], 8)
     if not backward:
-        backend.attention_forward(tokens(), tokens(), tokens(), *operands, tokens(), None, None)
+        backend.attention_forward(tokens(), keys(), keys(), *operands, tokens(), None, None)
         return
     backend.attention_backward(
-        tokens(), tokens(), tokens(), tokens(), lse, *operands, tokens(), tokens(), tokens(), parameters(heads, 8),
+        tokens(), tokens(), keys(), keys(), lse, *operands, tokens(), keys(), keys(), parameters(heads, 8),
         parameters(heads, 8), tokens(), parameters(heads),
     )
 

@@ -4,21 +4,50 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import sass
-from .workloads import WORKLOADS
+from .workloads import WORKLOADS, Workload
 
 CAPABILITIES = (80, 90)
 
-RECORDED = ("seed-512", "field-4k", "field-16k", "field-64k", "text-4k", "text-32k")
-"""The workloads of the targets."""
+
+class Recorded(NamedTuple):
+    """A workload as it is compiled; its query heads share ``kv_heads`` where that is given."""
+
+    workload: Workload
+    dtypes: tuple[torch.dtype, ...]
+    kv_heads: int | None = None
+
+
+_BF16 = (torch.bfloat16,)
+_FIELD = WORKLOADS["field-4k"]
+
+RECORDED = {
+    # The workloads of the targets, in all their dtypes.
+    **{name: Recorded(WORKLOADS[name], WORKLOADS[name].dtypes)
+       for name in ("seed-512", "field-4k", "field-16k", "field-64k", "text-4k", "text-32k")},
+    # What compiles to something else: lines that fill no block, the third topology, shared keys, other rows.
+    **{name: Recorded(WORKLOADS[name], _BF16) for name in ("field-60x36", "field-90x180", "cylinder-4k")},
+    "field-4k-grouped": Recorded(_FIELD, (torch.bfloat16, torch.float32), kv_heads=2),
+    "text-4k-grouped": Recorded(WORKLOADS["text-4k"], _BF16, kv_heads=4),
+    "field-4k-d32": Recorded(dataclasses.replace(_FIELD, head_dim=32), _BF16),
+    "field-4k-d256": Recorded(dataclasses.replace(_FIELD, head_dim=256), _BF16),
+}
+"""What is compiled, by name."""
+
+SPILLS = {
+    f"field-4k-d256 bfloat16 sm_{capability} backward": {"lines_by_keys"} for capability in CAPABILITIES
+}
+"""The kernels that spill, by case, and all of them: around the loops, 32 keys of 256 channels and two sums of their
+size, which eight warps would hold for two thirds more instructions a score."""
 
 RECORD = Path(__file__).resolve().parents[1] / "tests/data/triton_resources.json"
 """``{"triton": version, "cases": {case: {kernel: {"per_score": n, "spills": n}}}}``, see `case_name`."""
@@ -32,18 +61,19 @@ def case_name(workload: str, dtype: torch.dtype, capability: int, backward: bool
     return f"{workload} {str(dtype).removeprefix('torch.')} sm_{capability} {'backward' if backward else 'forward'}"
 
 
-def cases(names: Sequence[str] = RECORDED) -> Iterator[tuple[str, torch.dtype, int, bool]]:
+def cases(names: Sequence[str] = tuple(RECORDED)) -> Iterator[tuple[str, torch.dtype, int, bool]]:
     """``(workload, dtype, capability, backward)`` of everything that is recorded."""
     for name in names:
-        for dtype in WORKLOADS[name].dtypes:
+        for dtype in RECORDED[name].dtypes:
             for capability in CAPABILITIES:
                 yield from ((name, dtype, capability, backward) for backward in (False, True))
 
 
 def compile_case(name: str, dtype: torch.dtype, capability: int, backward: bool) -> list[sass.Code]:
     """The kernels of a pass over a workload, in its default configurations."""
+    workload, _, kv_heads = RECORDED[name]
     return sass.compile_launches(
-        lambda: sass.launch_attention(WORKLOADS[name], dtype, backward=backward), capability)
+        lambda: sass.launch_attention(workload, dtype, backward=backward, kv_heads=kv_heads), capability)
 
 
 def _scores(code: sass.Code) -> int:
@@ -101,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
                     f"{' and '.join(map(str, CAPABILITIES))}, and records what they take: instructions for each score, "
                     "and spills. Half a minute for each case; tests hold the kernels to the record.",
     )
-    parser.add_argument("--workloads", nargs="+", choices=RECORDED, default=RECORDED, metavar="WORKLOAD",
+    parser.add_argument("--workloads", nargs="+", choices=RECORDED, default=tuple(RECORDED), metavar="WORKLOAD",
                         help=f"those to compile, of {', '.join(RECORDED)} (default: all); others keep their numbers")
     parser.add_argument("--record", type=Path, default=RECORD, metavar="FILE.json", help="default: %(default)s")
     parser.add_argument("--allow-rise", action="store_true",
