@@ -149,9 +149,15 @@ def add_partials(
     added = ()
     for part in tl.static_range(PARTS):
         rows = parts[part]
-        for slot in tl.static_range(NUM_SLOTS):
-            base = partial_of(workspace, slot, count, local, seq_len, D) + part * WIDTH
-            rows += load_rows(base, token, valid, D, D - part * WIDTH, WIDTH)
+        if BLOCK_D > 64:
+            # One slot after the other: all at once they take the registers of a row each.
+            for slot in range(NUM_SLOTS):
+                base = partial_of(workspace, slot, count, local, seq_len, D) + part * WIDTH
+                rows += load_rows(base, token, valid, D, D - part * WIDTH, WIDTH)
+        else:
+            for slot in tl.static_range(NUM_SLOTS):
+                base = partial_of(workspace, slot, count, local, seq_len, D) + part * WIDTH
+                rows += load_rows(base, token, valid, D, D - part * WIDTH, WIDTH)
         added += (rows,)
     return added
 
