@@ -28,7 +28,6 @@ from support import Backend, Problem, assert_within_budget, check_precision, err
 
 import torus_kernels
 from torus_kernels import BackendError, TorusKVCache, TorusLattice, torus_attention_decode
-from torus_kernels.backends import unavailable
 
 MAX_SIDE = 6
 OPTIONAL = ("stream_weights", "decay", "ema_state", "ema_alpha", "first_key")
@@ -45,7 +44,7 @@ def attention_calls(draw: Draw, backend: Backend) -> Call:
     name = draw(st.sampled_from(["torus_attention", "torus_attention_with_stats"]))
     if count := number_of_faults(draw):
         arguments = Arguments(problem.arguments())
-        faults = [draw(_attention_faults(arguments)) for _ in range(count)]
+        faults = [draw(_attention_faults(arguments, backend)) for _ in range(count)]
         function = getattr(torus_kernels, name)
         return Call(name, lambda _: function(**{"backend": backend.name} | arguments), faults)
     if draw(st.integers(0, 19)) == 0:
@@ -170,7 +169,7 @@ def _check_poison(problem: Problem, poison: tuple, backend: Backend) -> None:
 
 
 @st.composite
-def _attention_faults(draw: Draw, arguments: Arguments) -> Fault:
+def _attention_faults(draw: Draw, arguments: Arguments, backend: Backend) -> Fault:
     """Spoils arguments of `torus_attention`."""
     tokens, lattice = ("q", "k", "v"), arguments["lattice"]
     kinds = ["lattice", "scale", "backend", "half_state"]
@@ -186,7 +185,8 @@ def _attention_faults(draw: Draw, arguments: Arguments) -> Fault:
     if kind == "scale":
         return arguments.spoil(kind, ["scale"], scale=draw(st.sampled_from(WRONG_SCALES)))
     if kind == "backend":
-        wrong = draw(st.sampled_from(["CPU", "", "torch", 3, str, *(["cuda"] if unavailable("cuda") else [])]))
+        elsewhere = ["cuda"] if Backend("cuda").device != backend.device else []
+        wrong = draw(st.sampled_from(["CPU", "", "torch", 3, str, *elsewhere]))
         errors = (BackendError,) if wrong == "cuda" else (TypeError, ValueError)
         return arguments.spoil(kind, ["backend"], errors, backend=wrong)
     if kind == "half_state":

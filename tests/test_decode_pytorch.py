@@ -56,7 +56,7 @@ class TestAsPyTorchSeesIt:
 
     @pytest.mark.parametrize("given", [False, True])
     def test_opcheck(self, backend, given):
-        problem = self.PROBLEM.to(torch.float32, backend.device)
+        problem = self.PROBLEM.to(backend.common_dtype, backend.device)
         cache = make_cache(problem)
         append(cache, problem, 0, 30)
         q = LAYOUTS["transposed"](problem.q[:, :, -1:])

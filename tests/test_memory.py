@@ -15,13 +15,13 @@ _SCRIPT = """
 import json, resource, sys, torch
 from torus_kernels import TorusLattice, torus_attention
 
-name, seq_len = sys.argv[1], int(sys.argv[2])
+name, seq_len, dtype = sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3])
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 def run(seq_len):
-    q, k, v, state = (torch.randn(1, 1, seq_len, 8, requires_grad=True) for _ in range(4))
+    q, k, v, state = (torch.randn(1, 1, seq_len, 8, dtype=dtype, requires_grad=True) for _ in range(4))
     alpha = torch.full((1,), 0.3, requires_grad=True)
     out = torus_attention(q, k, v, lattice, ema_state=state, ema_alpha=alpha, backend=name)
     out.backward(torch.ones(()).expand_as(out))
@@ -41,7 +41,8 @@ def test_memory_grows_with_the_sequence_and_not_with_its_square(kernel_backend):
         pytest.skip("measured on the host")
     root = str(Path(torus_kernels.__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, "-c", _SCRIPT, kernel_backend.name, str(SEQ_LEN)], text=True,
+    dtype = str(kernel_backend.common_dtype).removeprefix("torch.")
+    done = subprocess.run([sys.executable, "-c", _SCRIPT, kernel_backend.name, str(SEQ_LEN), dtype], text=True,
                           capture_output=True, env=os.environ | {"PYTHONPATH": path}, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

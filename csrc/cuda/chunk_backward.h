@@ -46,8 +46,7 @@ struct ChunkQueryGradientsKernel {
     const Plan& plan = arguments.plan;
     const Head head = query_head(in, warp.block_y());
     const Sweep sweep(warp, in, plan);
-    const OwnTokens own(warp.template shared<int>(tokens_at(plan) + warp.index() * OwnTokens::kBytes, kOwnRows), warp,
-                        sweep.own.token);
+    const OwnTokens own(warp, tokens_at(plan), sweep.own.token);
 
     const int bytes = Rows::bytes(plan.rows()), elements = plan.rows() * Rows::kPitch;
     const int table_bytes = plan.table_size * static_cast<int>(sizeof(FloatPair));
@@ -70,10 +69,11 @@ struct ChunkQueryGradientsKernel {
       const int stream = in.schedule.stream[k];
       sums.begin_stream(backward, head, own.load().token, stream);
       warp.barrier();
-      const Bias bias{bias_slope(in, head, stream)};
+      const PutPairs put_bias{biases, Bias{bias_slope(in, head, stream)}};
+      const PutPairs put_squared{squared, SquaredDistance{}};
       sweep.fill_table(k, [&](const auto& at, const auto& distances, const auto& where) {
-        put_pair(biases, bias, at, distances, where);
-        put_pair(squared, SquaredDistance{}, at, distances, where);
+        put_bias(at, distances, where);
+        put_squared(at, distances, where);
       });
       sweep.template run<kInPairs>(
           k, head, k == 0 || !sweep.keeps_rows(), bring,
@@ -140,17 +140,14 @@ struct ChunkKeyGradientsKernel {
       for (int k = 0; k < in.schedule.num_streams; ++k) {
         const int stream = in.schedule.stream[k];
         warp.barrier();
-        const Bias bias{bias_slope(in, head, stream)};
-        sweep.fill_table(k, [&](const auto& at, const auto& squared, const auto& where) {
-          put_pair(biases, bias, at, squared, where);
-        });
+        sweep.fill_table(k, PutPairs{biases, Bias{bias_slope(in, head, stream)}});
         const bool brings_rows = k == 0 || !sweep.keeps_rows();
         const auto bring = [&](const Lane<int>& others, int row0, int rows) {
           if (brings_rows)
             copy_rows<2 * kChunkRows, 2, Rows>(in, others,
                                                {rows_of<const E>(in.q, head.batch, head.query),
                                                 rows_of<const E>(in.d_out, head.batch, head.query)},
-                                               {in.q.token, in.d_out.token}, {queries, d_out}, 0, 1, row0, rows);
+                                               {in.q.token, in.d_out.token}, {queries, d_out}, row0, rows);
           bring_numbers(backward, head, stream, others, numbers, row0, rows);
         };
         const auto hide = [&](Sum (&scores)[kChunkTiles], int row0) {

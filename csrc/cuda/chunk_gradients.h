@@ -102,13 +102,16 @@ struct QueryNumbers {
   Shared<FloatPair> gate;
   Shared<int> oldest;               // key that it sees
 
-  static TORUS_INLINE constexpr int bytes(int rows) { return rows * 24; }
+  // Of a row.
+  static constexpr int kSumBytes = sizeof(SumNumbers) / 2, kGateBytes = sizeof(FloatPair) / 2;
+  static constexpr int kBytes = 2 * kSumBytes + kGateBytes + static_cast<int>(sizeof(int));
+  static TORUS_INLINE constexpr int bytes(int rows) { return rows * kBytes; }
 
   TORUS_DEVICE QueryNumbers(const Warp& warp, int at, int rows)
       : level(warp.template shared<SumNumbers>(at, rows / 2)),
-        delta(warp.template shared<SumNumbers>(at + rows * 8, rows / 2)),
-        gate(warp.template shared<FloatPair>(at + rows * 16, rows / 2)),
-        oldest(warp.template shared<int>(at + rows * 20, rows)) {}
+        delta(warp.template shared<SumNumbers>(at + rows * kSumBytes, rows / 2)),
+        gate(warp.template shared<FloatPair>(at + rows * 2 * kSumBytes, rows / 2)),
+        oldest(warp.template shared<int>(at + rows * (2 * kSumBytes + kGateBytes), rows)) {}
 
   // Of `rows` queries from row0 on, one in a lane.
   TORUS_DEVICE void store(int row0, int rows, const Lane<float>& level_of, const Lane<float>& delta_of,

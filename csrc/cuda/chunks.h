@@ -60,7 +60,7 @@ TORUS_DEVICE void bring_keys(const Operands& in, const Head& head, const Lane<in
   copy_rows<2 * kChunkRows, 2, PaddedTile<E, D>>(in, token,
                                                  {rows_of<const E>(in.k, head.batch, head.key_value),
                                                   rows_of<const E>(in.v, head.batch, head.key_value)},
-                                                 {in.k.token, in.v.token}, to, 0, 1, row0, rows);
+                                                 {in.k.token, in.v.token}, to, row0, rows);
 }
 
 // Where chunks that are neighbours lie in shared memory: side by side.
@@ -111,13 +111,19 @@ struct DisplacementTable {
   Lane<int> first;  // place of the first sum of the rows' own chunk
 };
 
-// Places of a table as they are filled: what `number` makes of two squared distances.
+// Fills places of a table with what `number` makes of two squared distances.
 template <class Number>
-TORUS_DEVICE void put_pair(const Shared<FloatPair>& pairs, Number number, const Lane<int>& at,
-                           const Lane<float> (&x)[2], const Lane<bool>& where) {
-  const auto pair = [](float low, float high) { return FloatPair{low, high}; };
-  pairs.store(at, map(pair, number(x[0]), number(x[1])), where);
-}
+struct PutPairs {
+  Shared<FloatPair> pairs;
+  Number number;
+
+  TORUS_DEVICE void operator()(const Lane<int>& at, const Lane<float> (&squared)[2], const Lane<bool>& where) const {
+    const auto pair = [](float low, float high) { return FloatPair{low, high}; };
+    pairs.store(at, map(pair, number(squared[0]), number(squared[1])), where);
+  }
+};
+template <class Number>
+PutPairs(Shared<FloatPair>, Number) -> PutPairs<Number>;
 
 // Those of 8 kTiles others, beginning with a chunk so far from the own one.
 template <int kTiles>

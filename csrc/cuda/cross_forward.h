@@ -38,8 +38,7 @@ struct CrossForwardKernel {
     const auto pairs_of = [&](int k) {
       return warp.template shared<FloatPair>(kTableAt + k * kPatchTableBytes, kPatchTable);
     };
-    const OwnTokens tokens(warp.template shared<int>(kTokensAt + warp.index() * OwnTokens::kBytes, kOwnRows), warp,
-                           own.token);
+    const OwnTokens tokens(warp, kTokensAt, own.token);
     const RowFragments<E, D> query(in, rows_of<const E>(in.q, head.batch, head.query), in.q.token, own.token);
     const ScoreScale scale(in);
     ChunkSoftmax<E, D> first(query, keys, values, scale), second(query, keys, values, scale);
@@ -49,9 +48,7 @@ struct CrossForwardKernel {
 
     for (int k = 0; k < kMaxStreams; ++k) {
       const Bias bias{bias_slope(in, head, schedule.stream[k])};
-      fill_patch_table(in, warp, plan, k, [&](const auto& at, const auto& squared, const auto& where) {
-        put_pair(pairs_of(k), bias, at, squared, where);
-      });
+      fill_patch_table(in, warp, plan, k, PutPairs{pairs_of(k), bias});
     }
     for (int column = 0; column <= kMaxPatchReach; column = CrossPlan::next_column(column)) {
       const Chunks strip = plan.strip(own.row, column);

@@ -81,13 +81,15 @@ TORUS_DEVICE void multiply(Sum& sum, const Left<E>& left, const Right<E>& right,
   float a[kRows][kDepth], b[kDepth][kColumns];
   unpack(left, a);
   unpack(right, b);
-  for (int row = 0; row < kRows; ++row)
-    for (int column = 0; column < kColumns; ++column) {
-      const int value = row / 8 * 2 + column % 2, lane = row % 8 * 4 + column / 2;
-      float total = start.value[value][lane];
-      for (int depth = 0; depth < kDepth; ++depth) total += a[row][depth] * b[depth][column];
-      sum.value[value][lane] = total;
-    }
+  for (int row = 0; row < kRows; ++row) {
+    float total[kColumns];
+    for (int column = 0; column < kColumns; ++column)
+      total[column] = start.value[row / 8 * 2 + column % 2][row % 8 * 4 + column / 2];
+    for (int depth = 0; depth < kDepth; ++depth)
+      for (int column = 0; column < kColumns; ++column) total[column] += a[row][depth] * b[depth][column];
+    for (int column = 0; column < kColumns; ++column)
+      sum.value[row / 8 * 2 + column % 2][row % 8 * 4 + column / 2] = total[column];
+  }
 #endif
 }
 
@@ -173,8 +175,6 @@ struct Tile {
   static constexpr int kWidth = D;
   static constexpr int kChunk = 8;
   static constexpr int kChunks = D / kChunk;
-  static constexpr int kPitch = D;
-  static constexpr bool kAffine = false;  // places are not pitch * row + a column's
   static TORUS_INLINE constexpr int bytes(int rows) { return rows * D * static_cast<int>(sizeof(E)); }
 
   Shared<E> data;
@@ -219,7 +219,6 @@ struct PaddedTile {
   static constexpr int kChunk = 8;
   static constexpr int kChunks = D / kChunk;
   static constexpr int kPitch = D + kChunk;
-  static constexpr bool kAffine = true;
   static TORUS_INLINE constexpr int bytes(int rows) { return rows * kPitch * static_cast<int>(sizeof(E)); }
 
   Shared<E> data;

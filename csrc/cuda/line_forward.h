@@ -59,9 +59,7 @@ struct LineForwardKernel {
         warp.barrier();
         if (walk.z == 0) {
           const Bias bias{bias_slope(in, head, schedule.stream[k])};
-          fill_line_table(in, warp, reach, k, [&](const auto& at, const auto& squared, const auto& where) {
-            put_pair(pairs, bias, at, squared, where);
-          });
+          fill_line_table(in, warp, reach, k, PutPairs{pairs, bias});
         }
         if (k == 0 || !plan.resident) stage_stretch(warp, walk, bring);
         warp.barrier();

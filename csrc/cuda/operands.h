@@ -119,15 +119,14 @@ struct OwnRows {
 // compiler, but for the token; what does not exist is read from where something does, and not copied.
 template <int kCount, int kSources, class T, class E = typename T::Element>
 TORUS_DEVICE void copy_rows(const Operands& in, const Lane<int>& token, const E* const (&from)[kSources],
-                            const int64_t (&stride)[kSources], const T (&to)[kSources], int part = 0, int parts = 1,
-                            int row0 = 0, int rows = kCount) {
+                            const int64_t (&stride)[kSources], const T (&to)[kSources], int row0 = 0,
+                            int rows = kCount, int part = 0, int parts = 1) {
   constexpr int kRowsOfTurn = kWarpLanes / T::kChunks;
   static_assert(kCount <= kWarpLanes, "a lane for every row");
   static_assert(kCount % kRowsOfTurn == 0 && kOwnRows % kRowsOfTurn == 0, "every turn copies whole rows");
   const Lane<int> row = lane_index() / T::kChunks, chunk = lane_index() % T::kChunks;
   const Lane<bool> exists = chunk * T::kChunk < in.head_dim;
   const Lane<int> column = select(exists, chunk * T::kChunk, 0);
-  const Lane<int> to_row0 = T::at(row + row0, chunk);
   Lane<const E*> first_row[kSources];
   TORUS_UNROLL
   for (int s = 0; s < kSources; ++s) first_row[s] = map([&](int c) { return from[s] + c; }, column);
@@ -145,8 +144,7 @@ TORUS_DEVICE void copy_rows(const Operands& in, const Lane<int>& token, const E*
         const auto* const bytes = reinterpret_cast<const unsigned char*>(at);
         return reinterpret_cast<const E*>(bytes + static_cast<uint32_t>(t) * stride_bytes);
       };
-      copy_async(to[s].data, T::kAffine ? to_row0 + first * T::kPitch : T::at(row + (row0 + first), chunk),
-                 map(address, first_row[s], place), there);
+      copy_async(to[s].data, T::at(row + row0 + first, chunk), map(address, first_row[s], place), there);
     }
   }
 }
@@ -169,7 +167,9 @@ struct OwnTokens {
 
   static constexpr int kBytes = kOwnRows * static_cast<int>(sizeof(int));
 
-  TORUS_DEVICE OwnTokens(const Shared<int>& kept, const Warp& warp, const Lane<int> (&token)[2]) : kept(kept) {
+  // At so many bytes of the block's shared memory there are kBytes for every warp.
+  TORUS_DEVICE OwnTokens(const Warp& warp, int at, const Lane<int> (&token)[2])
+      : kept(warp.template shared<int>(at + warp.index() * kBytes, kOwnRows)) {
     for (int half = 0; half < 2; ++half)
       kept.store(fragment_group() + 8 * half, token[half], fragment_member() == 0);
     warp.sync();
@@ -194,7 +194,8 @@ template <int kSources, class E, int D>
 TORUS_DEVICE void copy_others(const Operands& in, const Warp& warp, const Lane<int>& token,
                               const E* const (&from)[kSources], const int64_t (&stride)[kSources],
                               const Tile<E, D> (&to)[kSources]) {
-  copy_rows<kOtherRows, kSources, Tile<E, D>>(in, token, from, stride, to, warp.index(), warp.count());
+  copy_rows<kOtherRows, kSources, Tile<E, D>>(in, token, from, stride, to, 0, kOtherRows, warp.index(),
+                                              warp.count());
 }
 
 // Walks over the block's tiles of others in two buffers: stage(tile, buffer) begins to copy one while

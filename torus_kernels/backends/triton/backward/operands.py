@@ -140,6 +140,15 @@ def partial_of(workspace, slot, count, local, seq_len, D: tl.constexpr):
 
 
 @triton.jit
+def _part_of_slot(
+    workspace, slot, count, local, seq_len, token, valid, PART: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
+):
+    """A part of the rows that a launch left, ``[BLOCK, WIDTH]``."""
+    base = partial_of(workspace, slot, count, local, seq_len, D) + PART * WIDTH
+    return load_rows(base, token, valid, D, D - PART * WIDTH, WIDTH)
+
+
+@triton.jit
 def add_partials(
     parts, workspace, count, local, seq_len, token, valid, NUM_SLOTS: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
@@ -152,12 +161,10 @@ def add_partials(
         if BLOCK_D > 64:
             # One slot after the other: all at once they take the registers of a row each.
             for slot in range(NUM_SLOTS):
-                base = partial_of(workspace, slot, count, local, seq_len, D) + part * WIDTH
-                rows += load_rows(base, token, valid, D, D - part * WIDTH, WIDTH)
+                rows += _part_of_slot(workspace, slot, count, local, seq_len, token, valid, part, D, WIDTH)
         else:
             for slot in tl.static_range(NUM_SLOTS):
-                base = partial_of(workspace, slot, count, local, seq_len, D) + part * WIDTH
-                rows += load_rows(base, token, valid, D, D - part * WIDTH, WIDTH)
+                rows += _part_of_slot(workspace, slot, count, local, seq_len, token, valid, part, D, WIDTH)
         added += (rows,)
     return added
 
