@@ -13,7 +13,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ _MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132}
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _PREDICATE = re.compile(r"^@!?U?P[0-9T]+\s+")
-_BRANCH = re.compile(r"^BRA\b.*?(0x[0-9a-f]+)$")
+_BRANCH = re.compile(r"^BRA\b(.*?)(0x[0-9a-f]+)$")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 # Opcodes of the tensor cores: mma.sync and, from sm_90 on, wgmma.
@@ -49,10 +49,11 @@ class NoDisassembler(RuntimeError):
 
 @dataclass(frozen=True)
 class Instruction:
-    """One machine instruction: its address, and its text without the predicate that guards it."""
+    """One machine instruction: its address, its text without the predicate that may guard it, and whether one does."""
 
     address: int
     text: str
+    guarded: bool = False
 
     @property
     def opcode(self) -> str:
@@ -63,7 +64,15 @@ class Instruction:
     def target(self) -> int | None:
         """Where a branch goes, None for everything else."""
         match = _BRANCH.match(self.text)
-        return None if match is None else int(match[1], 16)
+        return None if match is None else int(match[2], 16)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next instruction may follow: not behind a branch or an exit that no condition guards."""
+        match = _BRANCH.match(self.text)
+        if match is None:
+            return self.guarded or self.opcode != "EXIT"
+        return self.guarded or "P" in match[1]
 
 
 def parse(listing: str) -> list[Instruction]:
@@ -71,7 +80,8 @@ def parse(listing: str) -> list[Instruction]:
     found = []
     for line in listing.splitlines():
         if match := _LINE.match(line):
-            found.append(Instruction(int(match[1], 16), _PREDICATE.sub("", match[2])))
+            text = _PREDICATE.sub("", match[2])
+            found.append(Instruction(int(match[1], 16), text, text != match[2]))
     while found and found[-1].opcode == "NOP":
         found.pop()
     if found and found[-1].target == found[-1].address:
@@ -115,6 +125,21 @@ def find_loops(instructions: list[Instruction]) -> list[Loop]:
     ]
 
 
+def longest_way(instructions: Sequence[Instruction]) -> int:
+    """Instructions on the longest way from the first to an end that takes no branch back: each loop is gone through
+    once, and of branches that exclude each other one is counted."""
+    places = {instruction.address: place for place, instruction in enumerate(instructions)}
+    longest = [0] * (len(instructions) + 1)
+    for place, instruction in reversed(list(enumerate(instructions))):
+        following = [place + 1] if instruction.goes_on else []
+        target = places.get(instruction.target, len(instructions))
+        if instruction.target is not None and target > place:
+            following.append(target)
+        work = instruction.opcode != "NOP"
+        longest[place] = work + max((longest[other] for other in following), default=0)
+    return longest[0]
+
+
 @dataclass(frozen=True)
 class Code:
     """A compiled kernel.
@@ -154,10 +179,10 @@ class Code:
     def loops(self) -> list[Loop]:
         return find_loops(list(self.instructions))
 
-    def per_score(self, loop: Loop, scores: int) -> float:
-        """Instructions that a thread spends on each of its scores, where one turn of the loop makes ``scores`` of
-        them in the whole program. Both sides count threads: a warp's instruction is one for each of its 32."""
-        return len(loop) * 32 * self.num_warps / scores
+    def per_score(self, instructions: int, scores: int) -> float:
+        """What a thread spends on each of its scores, where so many instructions make ``scores`` of them in the whole
+        program. Both sides count threads: a warp's instruction is one for each of its 32."""
+        return instructions * 32 * self.num_warps / scores
 
     def describe(self) -> str:
         """Resources, and a line for each loop: its length and what it mostly consists of."""

@@ -77,8 +77,8 @@ def compile_case(name: str, dtype: torch.dtype, capability: int, backward: bool)
 
 
 def _scores(code: sass.Code) -> int:
-    """Scores that a program makes in one turn of its inner loop: a tile of queries by a block of keys. Folded, the
-    block is two halves of a loop."""
+    """Scores that a program makes in one turn of its last inner loop: a tile of queries by a block of keys. Folded, the
+    block is two halves of a line."""
     sides = {side: code.constants.get(side, 1) for side in ("BLOCK_M", "BLOCK_N", "TILE_U", "TILE_V")}
     if code.constants.get("FOLD"):
         sides["BLOCK_N"] = 2 * code.constants["BLOCK_C"]
@@ -87,15 +87,20 @@ def _scores(code: sass.Code) -> int:
 
 def per_score(code: sass.Code) -> float | None:
     """Instructions for each score in the costliest inner loop that makes scores; where a program makes its scores once
-    and without a loop, those of the whole kernel, branches that exclude each other included; None for a kernel that
+    and without a loop, those of the longest way through the kernel, loads and stores and all; None for a kernel that
     makes none."""
     scores = _scores(code)
     loops = [loop for loop in code.loops if loop.innermost and loop.count("MUFU.EX2") >= _MIN_EXPONENTIALS]
     if loops:
-        return max(code.per_score(loop, scores) for loop in loops)
+        # Of the two sweeps of `lines_by_queries` the first may go by longer steps.
+        blocks = code.constants.get("SUMMED_N", 0) // code.constants.get("BLOCK_N", 1)
+        return max(
+            code.per_score(len(loop), scores * (blocks if blocks > 1 and place % 2 == 0 else 1))
+            for place, loop in enumerate(loops)
+        )
     if code.count("MUFU.EX2") < _MIN_EXPONENTIALS:
         return None
-    return code.per_score(sass.Loop(code.instructions, innermost=True), scores)
+    return code.per_score(sass.longest_way(code.instructions), scores)
 
 
 def resources(codes: Sequence[sass.Code]) -> dict[str, dict[str, int]]:

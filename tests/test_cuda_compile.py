@@ -118,7 +118,7 @@ def turns_of(code, products: int) -> list:
 
 
 def per_score(code, turn) -> float:
-    return code.per_score(turn, turn.count("MUFU.EX2") * 32)
+    return code.per_score(len(turn), turn.count("MUFU.EX2") * 32)
 
 
 def test_instructions_per_score(kernels):
@@ -156,4 +156,4 @@ def test_instructions_per_score_of_everything_else(codes):
             continue
         most = max(loop.count("HMMA") for loop in code.loops)
         turn = min((loop for loop in code.loops if loop.count("HMMA") == most), key=len)
-        assert code.per_score(turn, ROWS_AND_KEYS) <= GENERAL_PER_SCORE, code.describe()
+        assert code.per_score(len(turn), ROWS_AND_KEYS) <= GENERAL_PER_SCORE, code.describe()

@@ -69,7 +69,21 @@ class TestReader:
         code = sass.Code("kernel", {}, 4, 16, 8, 0, tuple(sass.parse(LISTING)))
         assert code.uses_tensor_cores
         assert code.spills == 1
-        assert code.per_score(code.loops[1], 64) == 3 * 128 / 64
+        assert code.per_score(len(code.loops[1]), 64) == 3 * 128 / 64
+
+    def test_longest_way(self):
+        # The branch back is not taken, the one ahead leaves out the EXIT and ends at the last branch.
+        assert [i.goes_on for i in sass.parse(LISTING)] == [True] * 8 + [False]
+        assert sass.longest_way(sass.parse(LISTING)) == 8
+        branching = """
+        /*0000*/              @!P0 BRA 0x40 ;
+        /*0010*/                   IADD3 R1, R1, R1, RZ ;
+        /*0020*/                   IADD3 R1, R1, R1, RZ ;
+        /*0030*/                   BRA `(.L_x_0) 0x50 ;
+        /*0040*/                   IADD3 R1, R1, R1, RZ ;
+        /*0050*/                   EXIT ;
+        """
+        assert sass.longest_way(sass.parse(branching)) == 5  # and not the addition at 0x40
 
     @pytest.mark.parametrize("capability", CAPABILITIES)
     def test_a_kernel_whose_work_is_known(self, capability):

@@ -36,8 +36,9 @@ from .operands import (
     load_alpha,
     load_stream,
     partial_of,
-    row_sums_of,
+    row_numbers_of,
     store_decay_sums,
+    store_row_numbers,
     takes_part,
 )
 
@@ -57,7 +58,8 @@ def _finish_rows(
 
     stream = tl.arange(0, NUM_STREAMS)[None, :]
     of_others = valid[:, None] & takes_part(stream, STREAMS) & (stream != FLOW)
-    delta = tl.load(row_sums_of(operands, local_head, seq_len, token)[:, None] + stream, mask=of_others, other=0.0)
+    delta = tl.load(
+        row_numbers_of(operands, local_head, seq_len, token[:, None], stream), mask=of_others, other=0.0)
     delta = tl.where(stream == FLOW, own_delta[:, None], delta)  # [BLOCK_M, 8]
     d_weights = delta
     own_sums = results.parameter_sums + (
@@ -95,7 +97,7 @@ def _row_gradients(
     HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr, TILE_U: tl.constexpr, TILE_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """One flow: ``(d_q, delta, inverse total, sum of rho^2 dS over the tile)``."""
+    """One flow: ``(d_q, delta, gate over its total, sum of rho^2 dS over the tile)``."""
     BLOCK_M: tl.constexpr = TILE_U * TILE_V
     kv_head = head // group
     q = load_parts(base_of(operands.q, batch, head), token, valid, operands.q.token, D, BLOCK_D, PARTS)
@@ -170,7 +172,7 @@ def _row_gradients(
             delta *= normaliser
     # What is the same for all keys of a query is multiplied last.
     gate *= normaliser
-    return scaled_parts(d_q, (scale * gate)[:, None], PARTS), delta, normaliser, tl.sum(gate * decay_sums, axis=0)
+    return scaled_parts(d_q, (scale * gate)[:, None], PARTS), delta, gate, tl.sum(gate * decay_sums, axis=0)
 
 
 @triton.jit(do_not_specialize=[
@@ -199,7 +201,7 @@ def cross_by_queries(
     delta = tl.zeros([TILE_U * TILE_V], tl.float32)
     d_q = zero_parts(TILE_U * TILE_V, BLOCK_D, PARTS)
     if FLOW >= 0:
-        d_q, delta, normaliser, decay_sum = _row_gradients(
+        d_q, delta, gate, decay_sum = _row_gradients(
             operands, batch, head, heads, group, seq_len, n_major, n_minor, scale, first_row, first_col, row, col,
             token, valid, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v, TOPOLOGY, STREAMS, FLOW, BY_ROWS,
             GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, TILE_U, TILE_V, BLOCK_N,
@@ -210,9 +212,8 @@ def cross_by_queries(
         _, _, _, _, token, valid = tile_sites(
             tl.program_id(0) + zero, n_minor, seq_len, num_rows, num_cols, TILE_U, TILE_V
         )
-        sums = row_sums_of(operands, local_head, seq_len, token) + FLOW
-        tl.store(sums, delta, mask=valid)
-        tl.store(sums + NUM_STREAMS, normaliser, mask=valid)
+        lse, _ = load_stream(operands, batch, head, heads, seq_len, token, valid, FLOW, STREAMS, GATES)
+        store_row_numbers(row_numbers_of(operands, local_head, seq_len, token, FLOW), valid, delta, lse, gate)
         store_decay_sums(operands, first_head + local_head, first_program + tl.program_id(0), num_programs, FLOW,
                          decay_sum, 0.0)
     if FINISH:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..primitives.lattice import CAUSAL, NUM_STREAMS, oldest_key
+from ..primitives.lattice import CAUSAL, CYLINDER, NUM_STREAMS, PERIODIC, oldest_key
 from ..primitives.parts import cast_to_parts, dot_parts, load_parts, scaled_parts, store_parts, zero_parts
 from ..primitives.softmax import LOG2E, bias_slope
 from ..primitives.tiles import hidden_zero
@@ -24,7 +24,7 @@ from ..primitives.window import (
     tokens_on_axis,
     walk,
 )
-from .operands import add_partials, base_of, load_stream, partial_of, row_sums_of
+from .operands import add_partials, base_of, load_row_numbers, partial_of, row_numbers_of
 
 
 @triton.jit
@@ -47,6 +47,7 @@ def _add_gradients(
     across_lo, along_lo = across_along(a_lo, b_lo, BY_ROWS)
     across_hi, along_hi = across_along(a_hi, b_hi, BY_ROWS)
     across_unit, along_unit = across_along(unit_u, unit_v, BY_ROWS)
+    ALL_EXIST: tl.constexpr = TOPOLOGY == PERIODIC or (TOPOLOGY == CYLINDER and BY_ROWS)
     for member in range(group if GROUPED else 1):
         head = kv_head * group + member
         local_head = local_pair * group + member
@@ -60,13 +61,14 @@ def _add_gradients(
             for across in range(across_begin, across_end):
                 across_token = tokens_on_axis(across, first_row, first_col, n_major, n_minor, TOPOLOGY, BY_ROWS)
                 token = across_token + along_token
-                valid = sites_exist(token, seq_len, TOPOLOGY, BY_ROWS) & (along < along_end)
+                # Queries beyond the window may exist and be read; their bias is -inf.
+                valid = sites_exist(token, seq_len, TOPOLOGY, BY_ROWS)
+                if TOPOLOGY == CAUSAL:
+                    valid = valid & (along < along_end)  # spares registers
                 q = load_parts(q_base, token, valid, operands.q.token, D, BLOCK_D, PARTS)  # [BLOCK_M, D]
                 d_out = load_parts(d_out_base, token, valid, operands.d_out.token, D, BLOCK_D, PARTS)
-                lse, gate = load_stream(operands, batch, head, heads, seq_len, token, valid, FLOW, STREAMS, GATES)
-                sums = row_sums_of(operands, local_head, seq_len, token) + FLOW
-                delta = tl.load(sums, mask=valid, other=0.0)
-                gate *= tl.load(sums + NUM_STREAMS, mask=valid, other=0.0)
+                numbers = row_numbers_of(operands, local_head, seq_len, token, FLOW)
+                delta, lse, gate, _ = load_row_numbers(numbers, valid, ALL_EXIST)
                 scores = dot_parts(k, q, PARTS, PRECISION) * (scale * LOG2E) + along_bias  # [BLOCK_N, BLOCK_M]
                 if TOPOLOGY == CAUSAL:
                     oldest = memory_of(token, n_major, n_minor)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ....lattice import NUM_STREAMS, TorusLattice
 from ..launching import MAX_GRID_Y, capability, chunk_heads, cross_flows, l2_bytes, on_device, rows
-from ..primitives.lattice import OPEN_PAST, LineFamily, line_families, line_programs
+from ..primitives.lattice import FAMILY_STREAMS, OPEN_PAST, LineFamily, line_families, line_programs
 from ..primitives.tiles import MIN_BLOCK, block_d, input_precision
 from .cross import cross_by_queries
 from .cross_keys import cross_by_keys
 from .line_queries import lines_by_queries
 from .lines import lines_by_keys
-from .operands import HAS_STATE, PARAMETER_SUMS, ROW_SUMS, TOKEN_ALPHA, TOKEN_WEIGHTS, Operands, Results, Strided
+from .operands import HAS_STATE, PARAMETER_SUMS, ROW_NUMBERS, TOKEN_ALPHA, TOKEN_WEIGHTS, Operands, Results, Strided
 from .parameters import reduce_parameters
 
 
@@ -29,6 +29,7 @@ class Blocks(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    summed: int = 1  # blocks of keys in a step of the sweep for ``delta``, queries first
 
 
 class LineLaunch(NamedTuple):
@@ -68,19 +69,25 @@ def _power(n: int, limit: int) -> int:
 
 
 # By (16-bit, BLOCK_D): the longest line that one block of keys holds, and the blocks of longer ones, queries first and
-# keys first. Chosen among those that compile without spills, by instructions per score.
+# keys first, of loops and of spirals. Chosen among those that compile without spills, by instructions per score.
 _LINES = {
-    (True, 64): (64, Blocks(64, 32, 4, 2), Blocks(32, 128, 8, 2)),
-    (True, 128): (32, Blocks(64, 32, 4, 1), Blocks(16, 64, 4, 1)),
-    (True, 256): (16, Blocks(16, 32, 4, 2), Blocks(16, 32, 4, 1)),
-    (False, 64): (32, Blocks(32, 32, 4, 2), Blocks(16, 32, 4, 2)),
-    (False, 128): (16, Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1)),
-    (False, 256): (16, Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    (True, 64): (64, (Blocks(64, 32, 4, 2, 2), Blocks(64, 128, 8, 2)), (Blocks(64, 64, 4, 2), Blocks(64, 128, 8, 2))),
+    (True, 128): (32, *2 * ((Blocks(64, 32, 4, 1), Blocks(32, 64, 4, 1)),)),
+    (True, 256): (16, *2 * ((Blocks(16, 32, 4, 2), Blocks(32, 32, 8, 1)),)),
+    (False, 64): (32, *2 * ((Blocks(32, 32, 4, 2), Blocks(16, 32, 4, 2)),)),
+    (False, 128): (16, *2 * ((Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1)),)),
+    (False, 256): (16, *2 * ((Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),)),
 }
 # Where mma.sync needs more registers than wgmma.
-_EARLY_LINES = {(True, 128): (32, Blocks(32, 32, 2, 1), Blocks(64, 64, 8, 1))}
+_EARLY_LINES = {
+    (True, 64): (64, *2 * ((Blocks(64, 32, 4, 2, 2), Blocks(64, 128, 8, 2)),)),
+    (True, 128): (32, *2 * ((Blocks(32, 32, 2, 1), Blocks(32, 64, 4, 1)),)),
+}
 # By the first blocks of queries, those that share the cost of a block of keys where lines are long enough.
-_LONG_LINES = {Blocks(64, 32, 4, 2): Blocks(128, 32, 8, 2), Blocks(32, 32, 2, 1): Blocks(128, 32, 8, 1)}
+_LONG_LINES = {
+    Blocks(64, 32, 4, 2, 2): Blocks(128, 32, 8, 2, 2), Blocks(64, 64, 4, 2): Blocks(128, 64, 8, 2),
+    Blocks(32, 32, 2, 1): Blocks(128, 32, 8, 1),
+}
 
 
 def _fills_long_blocks(families: tuple[LineFamily, ...], by_queries: Blocks) -> bool:
@@ -99,37 +106,53 @@ def _fitting(blocks: Blocks, walks_queries: bool, longest: int, dtype: torch.dty
     share = blocks.block_m * blocks.block_n // (block_m * block_n)
     num_warps = blocks.num_warps if dtype == torch.float32 else max(1, blocks.num_warps // share)
     step = block_m if walks_queries else block_n
-    return Blocks(block_m, block_n, num_warps, blocks.num_stages if longest > step else 1)
+    return Blocks(block_m, block_n, num_warps, blocks.num_stages if longest > step else 1, blocks.summed)
+
+
+def _long_launch(
+    families: tuple[LineFamily, ...], by_queries: Blocks, by_keys: Blocks, dtype: torch.dtype
+) -> LineLaunch:
+    if _fills_long_blocks(families, by_queries):
+        by_queries = _LONG_LINES[by_queries]
+    longest = max(family.length for family in families)
+    return LineLaunch(
+        families, _fitting(by_keys, True, longest, dtype), _fitting(by_queries, False, longest, dtype)
+    )
 
 
 def line_launches(
     lattice: TorusLattice, seq_len: int, head_dim: int, dtype: torch.dtype, group: int, capability: tuple[int, int]
 ) -> tuple[LineLaunch, ...]:
-    """Families whose lines fit a block of keys, then the longer ones."""
+    """Families whose lines fit a block of keys, then the longer ones, loops apart from spirals where blocks differ."""
     tiles = _LINES if capability >= (9, 0) else _LINES | _EARLY_LINES
-    limit, by_queries, by_keys = tiles[dtype != torch.float32, max(64, block_d(head_dim))]
+    limit, of_loops, of_spirals = tiles[dtype != torch.float32, max(64, block_d(head_dim))]
     if group > 1:
         limit = 0  # a tile that is a whole line leaves no registers for sums over heads
     families = line_families(lattice, seq_len)
     short = tuple(family for family in families if family.length <= limit)
-    long = tuple(family for family in families if family.length > limit)
     launches = []
     if short:
         block = _power(max(family.length for family in short), limit)
         warps = 4 if dtype == torch.float32 else block // 16
-        launches.append(LineLaunch(short, Blocks(block, block, warps, by_keys.num_stages), None))
-    if long:
-        if _fills_long_blocks(long, by_queries):
-            by_queries = _LONG_LINES[by_queries]
-        longest = max(family.length for family in long)
-        launches.append(LineLaunch(
-            long, _fitting(by_keys, True, longest, dtype), _fitting(by_queries, False, longest, dtype)
-        ))
+        launches.append(LineLaunch(short, Blocks(block, block, warps, of_loops[1].num_stages), None))
+    long = {}
+    for family in families:
+        if family.length > limit:
+            loops = len(FAMILY_STREAMS[family.family]) == 2
+            by_queries, by_keys = of_loops if loops else of_spirals
+            past = family.form == OPEN_PAST.value
+            if dtype == torch.float32 and not past and capability >= (9, 0):
+                by_queries = by_queries._replace(num_stages=3)  # loads need no registers while they wait
+            if group > 1 or (loops and past and capability >= (9, 0)):
+                # Sums over heads, or comparisons of time, take the registers of larger tiles.
+                by_keys = by_keys._replace(block_m=min(by_keys.block_m, 32))
+            long.setdefault((by_queries, by_keys), []).append(family)
+    launches += [_long_launch(tuple(members), *blocks, dtype) for blocks, members in long.items()]
     return tuple(launches)
 
 
 def cross_launches(
-    width: int, head_dim: int, dtype: torch.dtype, causal: bool, capability: tuple[int, int]
+    width: int, head_dim: int, dtype: torch.dtype, causal: bool, group: int, capability: tuple[int, int]
 ) -> tuple[CrossLaunch, CrossLaunch]:
     """Tiles of queries and tiles of keys: 16 sites long, and steps as long as a tile with its halo, or half, where the
     window is ``width`` long."""
@@ -144,7 +167,7 @@ def cross_launches(
     if dtype == torch.float32:
         keys = queries._replace(num_warps=8)  # each with half the products to unroll
         queries = keys if wide > 32 else queries
-        if wide == 64 and not causal and capability < (9, 0):
+        if wide == 64 and (not causal or capability >= (9, 0)):
             keys = keys._replace(num_warps=4)  # fewer instructions, where there are registers for them
     elif 64 < wide <= 128 and capability >= (9, 0):
         keys = keys._replace(block=16, parts=2)  # a step of 32 spills beside two sums of 128 channels
@@ -155,6 +178,8 @@ def cross_launches(
         keys = keys._replace(across=2)  # mma.sync would take more registers than there are
     elif light and wide == 64 and capability < (9, 0):
         queries = keys = queries._replace(parts=2)
+        if group > 1:
+            keys = keys._replace(num_stages=3)  # loads need no registers while they wait
     return queries, keys
 
 
@@ -213,7 +238,9 @@ def _plan(
 ) -> _Plan:
     launches = line_launches(lattice, seq_len, head_dim, dtype, group, capability(device))
     flows = cross_flows(lattice, seq_len)
-    crosses = [cross_launches(flow.width, head_dim, dtype, lattice.is_causal, capability(device)) for flow in flows]
+    crosses = [
+        cross_launches(flow.width, head_dim, dtype, lattice.is_causal, group, capability(device)) for flow in flows
+    ]
     tiles = [flow.tiles(queries.across, queries.along) for flow, (queries, _) in zip(flows, crosses, strict=True)]
     num_families = sum(len(launch.families) for launch in launches)
     line_part = sum(line_programs(launch.families, launch.row_block, 1) for launch in launches)
@@ -233,15 +260,18 @@ def _plan(
         numbers = (first_program, programs)
         if launch.queries is not None:
             queries = launch.queries
+            summed_n = queries.summed * queries.block_n
             line_calls.append((lines_by_queries, True, line_programs(visited, queries.block_m, 1), numbers, {
                 "ONE_TILE": longest <= queries.block_n and not lattice.is_causal,
-                "FULL_BLOCKS": all(family.length % queries.block_n == 0 for family in visited),
+                "SUMMED_N": summed_n,
+                "FULL_BLOCKS": all(family.length % summed_n == 0 for family in visited),
                 **_constants(queries), **options,
             }))
         line_calls.append((lines_by_keys, False, line_programs(visited, launch.keys.block_n, 1), numbers, {
             "WHOLE_LINE": launch.whole_line,
-            "ONE_VISIT": launch.whole_line and group == 1 and longest <= launch.keys.block_m,
             "FULL_BLOCKS": all(family.length % launch.keys.block_n == 0 for family in visited),
+            "GROUPED": group > 1,
+            "FULL_ROWS": not lattice.is_causal and all(family.length % launch.keys.block_m == 0 for family in visited),
             **_constants(launch.keys), **options,
         }))
         first_program += line_programs(visited, launch.row_block, 1)
@@ -311,7 +341,7 @@ def attention_backward(
     operands = Operands(
         _strided(d_out), _strided(q), _strided(k), _strided(v), _strided(ema_state), stream_weights, ema_alpha,
         decay, lse, first_key,
-        row_sums=workspace(chunk * group, seq_len, ROW_SUMS.value),
+        row_numbers=workspace(chunk * group, seq_len, NUM_STREAMS, ROW_NUMBERS.value),
         decay_sums=workspace(batch * heads, plan.programs, NUM_STREAMS),
         d_q=workspace(slots, chunk * group, seq_len, head_dim), d_k=workspace(slots, chunk, seq_len, head_dim),
         d_v=workspace(slots, chunk, seq_len, head_dim),

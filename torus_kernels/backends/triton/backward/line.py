@@ -7,14 +7,20 @@ import triton.language as tl
 
 from ..primitives.lattice import (
     CAUSAL,
+    CLOSED,
     MINOR,
     OPEN_PAST,
+    arc_ceilings,
     arcs,
     line_family,
     line_start,
+    oldest_key,
+    reach_of,
     squared_step,
     strand,
+    tokens_along,
 )
+from ..primitives.tiles import load_rows
 from .operands import base_of
 
 
@@ -41,16 +47,47 @@ def line_base(rows, batch, head, start):
 
 
 @triton.jit
-def visibility(steps, loop, reach, on_line, ARCS: tl.constexpr, FORM: tl.constexpr, FULL_BLOCKS: tl.constexpr):
+def queries_of_line(
+    operands, batch, head, seq_len, line, shape, begin,
+    ARCS: tl.constexpr, TOPOLOGY: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """A block of queries from a position on: ``(token, valid, q, d_out, reach)``. Rows are ``[BLOCK_M, D]``; the steps
+    that a query sees are a vector where packed documents cut them."""
+    _, stride, slope, num_lines, length, max_step, _, _, start = shape
+    position = begin + tl.arange(0, BLOCK_M)
+    valid = position < length
+    place = tokens_along(line, position, stride, slope, num_lines, ARCS or TOPOLOGY == CAUSAL)
+    token = start + place
+    q = load_rows(line_base(operands.q, batch, head, start), place, valid, operands.q.token, D, BLOCK_D)
+    d_out = load_rows(line_base(operands.d_out, batch, head, start), place, valid, operands.d_out.token, D, BLOCK_D)
+    reach = max_step
+    if HAS_FIRST_KEY:
+        oldest = oldest_key(operands.first_key, batch, token, valid, seq_len)
+        reach = reach_of(oldest, line, stride, position, max_step)
+    return token, valid, q, d_out, reach
+
+
+@triton.jit
+def visibility(
+    steps, loop, reach, on_line,
+    ARCS: tl.constexpr, FORM: tl.constexpr, FULL_BLOCKS: tl.constexpr, CEILINGS: tl.constexpr,
+):
     """Which keys a family's streams see, and the squared distance in steps: ``(visible, partner_visible, squared)``; a
-    spiral has no partner. ``on_line``, whether a key is on the line, broadcasts and is asked where it may not be."""
-    if ARCS:
-        visible, partner_visible, squared = arcs(steps, loop, reach, FORM)
+    spiral has no partner. ``on_line``, whether a key is on the line, broadcasts and is asked where it may not be. With
+    CEILINGS the first two may be those of `arc_ceilings`: fewer instructions, and more registers at once."""
+    if ARCS and FORM == CLOSED and CEILINGS:
+        visible, partner_visible, squared = arc_ceilings(steps, loop)
+        hidden: tl.constexpr = float("-inf")
     else:
-        visible, squared = strand(steps, loop, reach, FORM)
-        partner_visible = visible
+        if ARCS:
+            visible, partner_visible, squared = arcs(steps, loop, reach, FORM)
+        else:
+            visible, squared = strand(steps, loop, reach, FORM)
+            partner_visible = visible
+        hidden: tl.constexpr = False
     if not FULL_BLOCKS and FORM != OPEN_PAST:
         # In the past of a query no key is beyond the end of the line.
-        visible = visible & on_line
-        partner_visible = partner_visible & on_line
+        visible = tl.where(on_line, visible, hidden)
+        partner_visible = tl.where(on_line, partner_visible, hidden)
     return visible, partner_visible, squared

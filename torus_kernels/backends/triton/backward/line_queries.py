@@ -20,30 +20,60 @@ from ..primitives.lattice import (
     PERIODIC,
     line_program,
     line_steps,
-    oldest_key,
-    reach_of,
     tokens_along,
 )
 from ..primitives.softmax import LOG2E, bias_slope
 from ..primitives.tiles import dot_transposed, dot_twice, hidden_zero, load_rows, no_sums, partial_sums, total_of
-from .line import line_base, line_of, visibility
+from .line import line_base, line_of, queries_of_line, visibility
 from .operands import (
+    ROW_NUMBERS,
     accumulate_rows,
     inverse,
     load_stream,
     partial_of,
     probabilities,
-    row_sums_of,
+    row_numbers_of,
     slot_of,
     store_decay_sums,
+    store_row_numbers,
 )
 
 
 @triton.jit
 def _normalised(gate, deltas, totals):
-    """``(gate, delta, inverse total)``: a stream's gate and ``delta`` of the probabilities that sum to one."""
+    """``(gate, delta)`` of a stream: over its total, and of the probabilities that sum to one."""
     normaliser = inverse(tl.sum(totals, axis=1))
-    return gate * normaliser, tl.sum(deltas, axis=1) * normaliser, normaliser
+    return gate * normaliser, tl.sum(deltas, axis=1) * normaliser
+
+
+@triton.jit
+def _tile(
+    q, d_out, k_base, v_base, stride_kt, stride_vt, position, lse, partner_lse, decline, partner_decline, reach, begin,
+    line, length, loop, stride, slope, num_lines, scale,
+    ARCS: tl.constexpr, FORM: tl.constexpr, STRAIGHT: tl.constexpr, FULL_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """What a block of keys is to the queries, ``[BLOCK_M, BLOCK_N]`` but for the keys: ``(k, dP, squared steps, P,
+    partner's P)``."""
+    key_position = begin + tl.arange(0, BLOCK_N)
+    key_valid = key_position < length
+    key_place = tokens_along(line, key_position, stride, slope, num_lines, STRAIGHT)
+    k = load_rows(k_base, key_place, key_valid, stride_kt, D, BLOCK_D)  # [BLOCK_N, D]
+    v = load_rows(v_base, key_place, key_valid, stride_vt, D, BLOCK_D)
+    products = dot_transposed(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
+    d_probs = dot_transposed(d_out, v, PRECISION)
+    # Counted from the block, places along its columns are the same for every block.
+    steps = line_steps(position - begin, tl.arange(0, BLOCK_N), True)
+    visible, partner_visible, squared = visibility(
+        steps, loop, reach, key_valid[None, :], ARCS, FORM, FULL_BLOCKS, q.dtype != tl.float32
+    )
+    probs = probabilities(products, scale * LOG2E, decline, squared, lse[:, None], visible)
+    partner_probs = probs
+    if ARCS:
+        partner_probs = probabilities(
+            products, scale * LOG2E, partner_decline, squared, partner_lse[:, None], partner_visible
+        )
+    return k, d_probs, squared, probs, partner_probs
 
 
 @triton.jit
@@ -53,34 +83,32 @@ def _queries_of_line(
     ARCS: tl.constexpr, FORM: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, ONE_TILE: tl.constexpr,
     FULL_BLOCKS: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUMMED_N: tl.constexpr,
 ):
     local_head, num_heads = tl.program_id(1), tl.num_programs(1)
     batch, head = (first_head + local_head) // heads, (first_head + local_head) % heads
     kv_head = head // group
     STRAIGHT: tl.constexpr = ARCS or TOPOLOGY == CAUSAL
-    loop, stride, slope, num_lines, length, max_step, unit, stream, start = line_of(
-        family, line, n_major, n_minor, winding, seq_len, ARCS, FORM, TOPOLOGY
-    )
+    shape = line_of(family, line, n_major, n_minor, winding, seq_len, ARCS, FORM, TOPOLOGY)
+    loop, stride, slope, num_lines, length, max_step, unit, stream, start = shape
     decline = bias_slope(tl.load(operands.decay + head * NUM_STREAMS + stream), unit)
+    partner_decline = decline
     if ARCS:
         partner_decline = bias_slope(tl.load(operands.decay + head * NUM_STREAMS + stream + 1), unit)
 
     first_position = block * BLOCK_M
     position = first_position + tl.arange(0, BLOCK_M)
-    valid = position < length
-    place = tokens_along(line, position, stride, slope, num_lines, STRAIGHT)
-    token = start + place
-    q = load_rows(line_base(operands.q, batch, head, start), place, valid, operands.q.token, D, BLOCK_D)  # [BLOCK_M, D]
-    d_out = load_rows(line_base(operands.d_out, batch, head, start), place, valid, operands.d_out.token, D, BLOCK_D)
+    token, valid, q, d_out, reach = queries_of_line(
+        operands, batch, head, seq_len, line, shape, first_position, ARCS, TOPOLOGY, HAS_FIRST_KEY, D, BLOCK_D, BLOCK_M
+    )
     lse, gate = load_stream(operands, batch, head, heads, seq_len, token, valid, stream, STREAMS, GATES)
+    partner_lse = lse
     if ARCS:
         partner_lse, partner_gate = load_stream(
             operands, batch, head, heads, seq_len, token, valid, stream + 1, STREAMS, GATES
         )
-    reach = max_step
     if HAS_FIRST_KEY:
-        oldest = oldest_key(operands.first_key, batch, token, valid, seq_len)
-        reach = reach_of(oldest, line, stride, position, max_step)[:, None]
+        reach = reach[:, None]
 
     if FORM == OPEN_PAST:
         key_begin = tl.maximum(first_position - max_step, 0)
@@ -98,65 +126,51 @@ def _queries_of_line(
     d_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # Given anew by the first sweep, or where there is one tile inside the loop, before which they must exist.
     delta = tl.zeros([BLOCK_M], tl.float32)
-    normaliser = delta
     partner_delta = delta
-    partner_normaliser = delta
-    SWEEPS: tl.constexpr = 1 if ONE_TILE else 2
-    for sweep in tl.static_range(SWEEPS):
-        for begin in range(key_begin, key_end, BLOCK_N):
-            key_position = begin + tl.arange(0, BLOCK_N)
-            key_valid = key_position < length
-            key_place = tokens_along(line, key_position, stride, slope, num_lines, STRAIGHT)
-            k = load_rows(k_base, key_place, key_valid, operands.k.token, D, BLOCK_D)  # [BLOCK_N, D]
-            v = load_rows(v_base, key_place, key_valid, operands.v.token, D, BLOCK_D)
-            products = dot_transposed(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
-            d_probs = dot_transposed(d_out, v, PRECISION)
-            visible, partner_visible, squared = visibility(
-                line_steps(position, key_position), loop, reach, key_valid[None, :], ARCS, FORM, FULL_BLOCKS
+    if not ONE_TILE:
+        for begin in range(key_begin, key_end, SUMMED_N):
+            _, d_probs, squared, probs, partner_probs = _tile(
+                q, d_out, k_base, v_base, operands.k.token, operands.v.token, position, lse, partner_lse, decline,
+                partner_decline, reach, begin, line, length, loop, stride, slope, num_lines, scale, ARCS, FORM,
+                STRAIGHT, FULL_BLOCKS, PRECISION, D, BLOCK_D, SUMMED_N,
             )
-            probs = probabilities(products, scale * LOG2E, decline, squared, lse[:, None], visible)
+            totals += partial_sums(probs)
+            deltas += partial_sums(probs * d_probs)
             if ARCS:
-                partner_probs = probabilities(
-                    products, scale * LOG2E, partner_decline, squared, partner_lse[:, None], partner_visible
-                )
-            if sweep == 0:
-                totals += partial_sums(probs)
-                deltas += partial_sums(probs * d_probs)
-                if ARCS:
-                    partner_totals += partial_sums(partner_probs)
-                    partner_deltas += partial_sums(partner_probs * d_probs)
-            if ONE_TILE:
-                gate, delta, normaliser = _normalised(gate, deltas, totals)
-                if ARCS:
-                    partner_gate, partner_delta, partner_normaliser = _normalised(
-                        partner_gate, partner_deltas, partner_totals
-                    )
-            if sweep == SWEEPS - 1:
-                d_scores = probs * (gate[:, None] * d_probs - (gate * delta)[:, None])
-                decay_sums += partial_sums(squared * d_scores)
-                if ARCS:
-                    partner_d_scores = partner_probs * (
-                        partner_gate[:, None] * d_probs - (partner_gate * partner_delta)[:, None]
-                    )
-                    partner_decay_sums += partial_sums(squared * partner_d_scores)
-                    d_scores += partner_d_scores
-                d_q = dot_twice(d_scores, k, PRECISION, d_q)
-        if sweep == 0 and not ONE_TILE:
-            gate, delta, normaliser = _normalised(gate, deltas, totals)
+                partner_totals += partial_sums(partner_probs)
+                partner_deltas += partial_sums(partner_probs * d_probs)
+        gate, delta = _normalised(gate, deltas, totals)
+        if ARCS:
+            partner_gate, partner_delta = _normalised(partner_gate, partner_deltas, partner_totals)
+    for begin in range(key_begin, key_end, BLOCK_N):
+        k, d_probs, squared, probs, partner_probs = _tile(
+            q, d_out, k_base, v_base, operands.k.token, operands.v.token, position, lse, partner_lse, decline,
+            partner_decline, reach, begin, line, length, loop, stride, slope, num_lines, scale, ARCS, FORM, STRAIGHT,
+            FULL_BLOCKS, PRECISION, D, BLOCK_D, BLOCK_N,
+        )
+        if ONE_TILE:
+            gate, delta = _normalised(gate, partial_sums(probs * d_probs), partial_sums(probs))
             if ARCS:
-                partner_gate, partner_delta, partner_normaliser = _normalised(
-                    partner_gate, partner_deltas, partner_totals
+                partner_gate, partner_delta = _normalised(
+                    partner_gate, partial_sums(partner_probs * d_probs), partial_sums(partner_probs)
                 )
+        d_scores = probs * (gate[:, None] * d_probs - (gate * delta)[:, None])
+        decay_sums += partial_sums(squared * d_scores)
+        if ARCS:
+            partner_d_scores = partner_probs * (
+                partner_gate[:, None] * d_probs - (partner_gate * partner_delta)[:, None]
+            )
+            partner_decay_sums += partial_sums(squared * partner_d_scores)
+            d_scores += partner_d_scores
+        d_q = dot_twice(d_scores, k, PRECISION, d_q)
 
     position = first_position + hidden_zero(seq_len) + tl.arange(0, BLOCK_M)
     valid = position < length
     place = tokens_along(line, position, stride, slope, num_lines, STRAIGHT)
-    sums = row_sums_of(operands, local_head, seq_len, start + place) + stream
-    tl.store(sums, delta, mask=valid)
-    tl.store(sums + NUM_STREAMS, normaliser, mask=valid)
+    numbers = row_numbers_of(operands, local_head, seq_len, start + place, stream)
+    store_row_numbers(numbers, valid, delta, lse, gate)
     if ARCS:
-        tl.store(sums + 1, partner_delta, mask=valid)
-        tl.store(sums + 1 + NUM_STREAMS, partner_normaliser, mask=valid)
+        store_row_numbers(numbers + ROW_NUMBERS, valid, partner_delta, partner_lse, partner_gate)
     store_decay_sums(operands, first_head + local_head, first_program + tl.program_id(0), num_programs, stream,
                      unit * total_of(decay_sums), unit * total_of(partner_decay_sums))
     d_q_base = partial_of(operands.d_q, slot, num_heads, local_head, seq_len, D)
@@ -171,12 +185,13 @@ def lines_by_queries(
     FAMILIES: tl.constexpr, GRID_FAMILIES: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr,
     ONE_TILE: tl.constexpr, FULL_BLOCKS: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr,
     HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUMMED_N: tl.constexpr,
 ):
     """One program: a block of queries of one line, for one head.
 
     Grid: ``(line_programs(...), query heads of the chunk)``; families and programs as in `lines_by_keys`. ONE_TILE
-    where a block of keys holds every key that a query sees, FULL_BLOCKS where blocks of keys divide every line.
+    where a block of keys holds every key that a query sees, FULL_BLOCKS where blocks of keys divide every line. The
+    sweep for ``delta`` goes by SUMMED_N keys.
     """
     family, line, block = line_program(
         tl.program_id(0), n_major, n_minor, winding, seq_len, TOPOLOGY, GRID_FAMILIES, BLOCK_M, 1
@@ -188,19 +203,19 @@ def lines_by_queries(
             _queries_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_head, first_program,
                 num_programs, slot, family, line, block, False, FORM, TOPOLOGY, STREAMS, ONE_TILE, FULL_BLOCKS,
-                ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, SUMMED_N,
             )
     elif (TOPOLOGY == CYLINDER) & (family == MINOR):
         if TOPOLOGY == CYLINDER and GRID_FAMILIES & 2:
             _queries_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_head, first_program,
                 num_programs, slot, family, line, block, True, CLOSED, TOPOLOGY, STREAMS, ONE_TILE, FULL_BLOCKS,
-                ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, SUMMED_N,
             )
     else:
         if GRID_FAMILIES & 3:
             _queries_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_head, first_program,
                 num_programs, slot, family, line, block, True, FORM, TOPOLOGY, STREAMS, ONE_TILE, FULL_BLOCKS,
-                ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, SUMMED_N,
             )

@@ -12,8 +12,8 @@ from ..primitives.lattice import NUM_STREAMS
 from ..primitives.softmax import LOG2E
 from ..primitives.tiles import load_rows, store_rows
 
-ROW_SUMS = tl.constexpr(2 * NUM_STREAMS.value)
-"""Floats that query rows keep between kernels: ``delta`` of the eight streams, then their `inverse` totals."""
+ROW_NUMBERS = tl.constexpr(4)
+"""Floats that query rows keep of each stream between kernels: see `store_row_numbers`."""
 
 PARAMETER_SUMS = tl.constexpr(16)
 """Floats that a program leaves for the gates of its head: d_weights, d_alpha, unused."""
@@ -46,7 +46,7 @@ class Operands(NamedTuple):
     decay: Tensor  # [H, 8]
     lse: Tensor  # [B, H, T, 8] float32, contiguous
     first_key: Tensor | None  # [B, T]
-    row_sums: Tensor  # float32 [chunk, T, ROW_SUMS], a chunk of query heads
+    row_numbers: Tensor  # float32 [chunk, T, 8, ROW_NUMBERS], a chunk of query heads
     decay_sums: Tensor  # float32 [B * H, programs, 8]: sum rho^2 dS
     d_q: Tensor  # float32 [slots, chunk, T, D]: sums of the line families and of the first of two cross flows
     d_k: Tensor  # the same, a chunk of key/value heads; to be multiplied by the scale
@@ -111,9 +111,32 @@ def load_stream(
 
 
 @triton.jit
-def row_sums_of(operands, local_head, seq_len, token):
-    """Pointers ``[BLOCK]`` to what query rows keep between kernels."""
-    return operands.row_sums + (local_head.to(tl.int64) * seq_len + token) * ROW_SUMS
+def row_numbers_of(operands, local_head, seq_len, token, stream):
+    """Pointers ``[BLOCK]`` to what query rows keep of a stream between kernels."""
+    row = local_head.to(tl.int64) * seq_len + token
+    return operands.row_numbers + (row * NUM_STREAMS + stream) * ROW_NUMBERS
+
+
+@triton.jit
+def store_row_numbers(at, valid, delta, lse, gate):
+    """Leaves what those who own keys need of query rows, who would compute it anew for every key: ``delta``, the
+    log-sum-exp in base 2, the gate over the total, and that times ``delta``."""
+    tl.store(at, delta, mask=valid)
+    tl.store(at + 1, lse, mask=valid)
+    tl.store(at + 2, gate, mask=valid)
+    tl.store(at + 3, gate * delta, mask=valid)
+
+
+@triton.jit
+def load_row_numbers(at, valid, ALL_VALID: tl.constexpr):
+    """``(delta, log-sum-exp, gate, gate times delta)``; a row that is not there has probabilities of zero."""
+    if ALL_VALID:
+        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    else:
+        delta = tl.load(at, mask=valid, other=0.0)
+        lse = tl.load(at + 1, mask=valid, other=float("inf"))
+        gate = tl.load(at + 2, mask=valid, other=0.0)
+        return delta, lse, gate, tl.load(at + 3, mask=valid, other=0.0)
 
 
 @triton.jit
@@ -191,4 +214,7 @@ def accumulate_rows(base, token, valid, rows, ACCUMULATE: tl.constexpr, D: tl.co
 def probabilities(products, scale, slope, squared, lse, visible):
     """Softmax of one stream from products ``q.k`` and its log-sum-exp, in base 2; zero where a key is not visible."""
     logits = products * scale - lse - slope * squared
-    return tl.exp2(tl.where(visible, logits, float("-inf")))
+    if visible.dtype == tl.int1:
+        return tl.exp2(tl.where(visible, logits, float("-inf")))
+    else:
+        return tl.exp2(tl.minimum(logits, visible, propagate_nan=tl.PropagateNan.ALL))

@@ -35,7 +35,7 @@ def _biases(
     query_position, key_position, length, loop, reach, slope, partner_slope, FORM: tl.constexpr, ARCS: tl.constexpr
 ):
     """Biases of a family's streams ``[BLOCK_M, BLOCK_N]``, -inf where a key is not seen; a spiral has no partner."""
-    steps = line_steps(query_position, key_position)
+    steps = line_steps(query_position, key_position, True)
     exists = (key_position < length)[None, :]
     if ARCS:
         forward, backward, squared = arcs(steps, loop, reach, FORM)

@@ -213,9 +213,14 @@ def on_line(position, token, length, seq_len, TOPOLOGY: tl.constexpr, EVEN: tl.c
 
 
 @triton.jit
-def line_steps(query_position, key_position):
-    """Signed steps from key to query ``[BLOCK_M, BLOCK_N]`` float32, positive where the key is behind the query."""
-    return query_position.to(tl.float32)[:, None] - key_position.to(tl.float32)[None, :]
+def line_steps(query_position, key_position, QUERIES_FIRST: tl.constexpr):
+    """Signed steps from keys to queries, float32, positive where the key is behind the query: ``[BLOCK_M, BLOCK_N]``,
+    or ``[BLOCK_N, BLOCK_M]``."""
+    query, key = query_position.to(tl.float32), key_position.to(tl.float32)
+    if QUERIES_FIRST:
+        return query[:, None] - key[None, :]
+    else:
+        return query[None, :] - key[:, None]
 
 
 @triton.jit
@@ -248,12 +253,23 @@ def arcs(steps, loop, max_step, FORM: tl.constexpr):
 
 
 @triton.jit
+def arc_ceilings(steps, loop):
+    """`arcs` of a closed line without comparisons: ``(forward, backward, squared)``, where an exponent (base 2) that is
+    cut to ``forward`` stays as it is, or infinite, where the arc sees the key, and gives zero elsewhere."""
+    half = loop.to(tl.float32) * 0.5
+    beyond = tl.abs(steps) * 4096.0 - half * 4096.0
+    side = steps * beyond  # at least 2048 from zero, or zero at the ends of the arcs
+    distance = half - tl.abs(beyond) * (1.0 / 4096.0)
+    return 1024.0 - side, 1024.0 + side, distance * distance
+
+
+@triton.jit
 def strand(steps, loop, max_step, FORM: tl.constexpr):
     """What a spiral sees along its strand, and the squared distance in steps: ``(visible, squared)``; see `arcs`."""
     if FORM == CLOSED:
         half = loop.to(tl.float32) * 0.5
         distance = half - tl.abs(tl.abs(steps) - half)
-        visible = distance >= 0
+        visible = tl.full(steps.shape, True, tl.int1)
     elif FORM == OPEN_PAST:
         distance = steps
         visible = (steps >= 0) & (steps <= max_step.to(tl.float32))
@@ -276,7 +292,7 @@ def folded_steps(offset, column, half):
 
     Offsets lie in [0, H); a column beyond H has no meaning.
     """
-    step = line_steps(offset, column)
+    step = line_steps(offset, column, True)
     return tl.where(step < 0, step + half, step)
 
 
