@@ -35,19 +35,15 @@ RECORDED = {
     **{name: Recorded(WORKLOADS[name], WORKLOADS[name].dtypes)
        for name in ("seed-512", "field-4k", "field-16k", "field-64k", "text-4k", "text-32k")},
     # What compiles to something else: lines that fill no block, the third topology, shared keys, other rows.
-    **{name: Recorded(WORKLOADS[name], _BF16) for name in ("field-60x36", "field-90x180", "cylinder-4k")},
+    **{name: Recorded(WORKLOADS[name], _BF16) for name in ("field-60x36", "field-90x180")},
+    "cylinder-4k": Recorded(WORKLOADS["cylinder-4k"], (torch.bfloat16, torch.float32)),
     "field-4k-grouped": Recorded(_FIELD, (torch.bfloat16, torch.float32), kv_heads=2),
     "text-4k-grouped": Recorded(WORKLOADS["text-4k"], _BF16, kv_heads=4),
     "field-4k-d32": Recorded(dataclasses.replace(_FIELD, head_dim=32), _BF16),
     "field-4k-d256": Recorded(dataclasses.replace(_FIELD, head_dim=256), _BF16),
+    "text-4k-d256": Recorded(dataclasses.replace(WORKLOADS["text-4k"], head_dim=256), _BF16),
 }
 """What is compiled, by name."""
-
-SPILLS = {
-    f"field-4k-d256 bfloat16 sm_{capability} backward": {"lines_by_keys"} for capability in CAPABILITIES
-}
-"""The kernels that spill, by case, and all of them: around the loops, 32 keys of 256 channels and two sums of their
-size, which eight warps would hold for two thirds more instructions a score."""
 
 RECORD = Path(__file__).resolve().parents[1] / "tests/data/triton_resources.json"
 """``{"triton": version, "cases": {case: {kernel: {"per_score": n, "spills": n}}}}``, see `case_name`."""
@@ -79,7 +75,7 @@ def compile_case(name: str, dtype: torch.dtype, capability: int, backward: bool)
 def _scores(code: sass.Code) -> int:
     """Scores that a program makes in one turn of its last inner loop: a tile of queries by a block of keys. Folded, the
     block is two halves of a line."""
-    sides = {side: code.constants.get(side, 1) for side in ("BLOCK_M", "BLOCK_N", "TILE_U", "TILE_V")}
+    sides = {side: code.constants.get(side, 1) for side in ("BLOCK_M", "BLOCK_N", "TILE_U", "TILE_V", "ROWS")}
     if code.constants.get("FOLD"):
         sides["BLOCK_N"] = 2 * code.constants["BLOCK_C"]
     return math.prod(sides.values())

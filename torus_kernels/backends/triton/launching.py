@@ -45,7 +45,8 @@ class Flow(NamedTuple):
     stream: int  # or -1
     arguments: tuple[int | float, ...]  # num_rows, num_cols, a_lo, a_hi, b_lo, b_hi, inverse squares of the radii
     by_rows: bool  # whether keys are walked by rows of the lattice: along the shorter axis of the window
-    width: int  # displacements along the longer one
+    depth: int  # displacements along it
+    width: int  # and along the longer one
 
     def tile(self, across: int, along: int) -> tuple[int, int]:
         """``(TILE_U, TILE_V)`` of a tile with that many sites along either axis."""
@@ -70,7 +71,7 @@ def cross_flows(lattice: TorusLattice, seq_len: int) -> tuple[Flow, ...]:
     window = cross_window(lattice, seq_len)
     if window is None:
         rows, cols = -(-seq_len // lattice.n_minor), min(lattice.n_minor, seq_len)
-        return (Flow(-1, (rows, cols, 0, 0, 0, 0, 0.0, 0.0), True, 1),)
+        return (Flow(-1, (rows, cols, 0, 0, 0, 0, 0.0, 0.0), True, 1, 1),)
     flows = []
     for place, stream in enumerate(_FLOWS):
         if stream in lattice.streams:
@@ -80,7 +81,7 @@ def cross_flows(lattice: TorusLattice, seq_len: int) -> tuple[Flow, ...]:
             flows.append(Flow(
                 stream.index, (window.num_rows, window.num_cols, a_lo, a_hi, b_lo, b_hi,
                                *window.inverse_squares[2 * place:2 * place + 2]),
-                a_hi - a_lo <= b_hi - b_lo, 1 + max(a_hi - a_lo, b_hi - b_lo),
+                a_hi - a_lo <= b_hi - b_lo, 1 + min(a_hi - a_lo, b_hi - b_lo), 1 + max(a_hi - a_lo, b_hi - b_lo),
             ))
     return tuple(flows)
 

@@ -63,7 +63,7 @@ def _add_gradients(
                 token = across_token + along_token
                 # Queries beyond the window may exist and be read; their bias is -inf.
                 valid = sites_exist(token, seq_len, TOPOLOGY, BY_ROWS)
-                if TOPOLOGY == CAUSAL:
+                if (TOPOLOGY == CAUSAL and not GROUPED) or k[0].dtype == tl.float32:
                     valid = valid & (along < along_end)  # spares registers
                 q = load_parts(q_base, token, valid, operands.q.token, D, BLOCK_D, PARTS)  # [BLOCK_M, D]
                 d_out = load_parts(d_out_base, token, valid, operands.d_out.token, D, BLOCK_D, PARTS)

@@ -81,7 +81,7 @@ _LINES = {
 # Where mma.sync needs more registers than wgmma.
 _EARLY_LINES = {
     (True, 64): (64, *2 * ((Blocks(64, 32, 4, 2, 2), Blocks(64, 128, 8, 2)),)),
-    (True, 128): (32, *2 * ((Blocks(32, 32, 2, 1), Blocks(32, 64, 4, 1)),)),
+    (True, 128): (32, *2 * ((Blocks(32, 32, 2, 1), Blocks(64, 64, 8, 1)),)),
 }
 # By the first blocks of queries, those that share the cost of a block of keys where lines are long enough.
 _LONG_LINES = {
@@ -142,7 +142,7 @@ def line_launches(
             by_queries, by_keys = of_loops if loops else of_spirals
             past = family.form == OPEN_PAST.value
             if dtype == torch.float32 and not past and capability >= (9, 0):
-                by_queries = by_queries._replace(num_stages=3)  # loads need no registers while they wait
+                by_queries = by_queries._replace(num_stages=1)  # a second block of keys takes the registers
             if group > 1 or (loops and past and capability >= (9, 0)):
                 # Sums over heads, or comparisons of time, take the registers of larger tiles.
                 by_keys = by_keys._replace(block_m=min(by_keys.block_m, 32))

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..primitives.lattice import CAUSAL, CYLINDER, NUM_STREAMS, oldest_key
-from ..primitives.softmax import accumulate, anchor, bias_slope, write_statistics
+from ..primitives.softmax import accumulate, accumulate_two, anchor, bias_slope, write_statistics
 from ..primitives.tiles import dot_cast, dot_transposed, gate_rows, head_of, hidden_zero, load_rows, store_rows
 from ..primitives.window import (
     across_along,
@@ -28,12 +28,37 @@ from ..primitives.window import (
 
 
 @triton.jit
+def _keys_of_row(
+    q, k_base, v_base, stride_kt, stride_vt, scale, token, oldest, across, along_bias, along_token, first_row,
+    first_col, n_major, n_minor, seq_len,
+    TOPOLOGY: tl.constexpr, BY_ROWS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, TILE_U: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """``(scores, v)`` of a row of keys, ``[BLOCK_M, BLOCK_N]`` and ``[BLOCK_N, D]``; scores lack the bias across."""
+    across_token = tokens_on_axis(across, first_row, first_col, n_major, n_minor, TOPOLOGY, BY_ROWS)
+    # Keys beyond the window may exist and be read; their bias is -inf.
+    exists = sites_exist(across_token + along_token, seq_len, TOPOLOGY, BY_ROWS)
+    k = load_rows(k_base + across_token * stride_kt, along_token, exists, stride_kt, D, BLOCK_D)
+    v = load_rows(v_base + across_token * stride_vt, along_token, exists, stride_vt, D, BLOCK_D)
+    scores = dot_transposed(q, k, PRECISION) * scale + along_bias
+    if TOPOLOGY == CAUSAL:
+        # Rows between those of the queries and the end of their memory lie wholly in sight.
+        at_edge = True
+        if BY_ROWS and not HAS_FIRST_KEY:
+            at_edge = (across >= 0) | (first_row + across <= 0) | (across < TILE_U - n_major)
+        if at_edge:
+            seen = in_sight((across_token + along_token)[None, :], token[:, None], oldest[:, None], seq_len)
+            scores = tl.where(seen, scores, float("-inf"))
+    return scores, v
+
+
+@triton.jit
 def _attend(
     q, k_base, v_base, decay, first_key_ptr, stride_kt, stride_vt, scale, batch, token, valid, row, col, first_row,
     first_col, n_major, n_minor, seq_len, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v,
     TOPOLOGY: tl.constexpr, BY_ROWS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, TILE_U: tl.constexpr,
-    TILE_V: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WITH_ENTROPY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILE_V: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """One flow: exponentials' product with V, then its softmax: ``(acc, maximum, total, spread)``."""
     BLOCK_M: tl.constexpr = TILE_U * TILE_V
@@ -60,26 +85,32 @@ def _attend(
         if TOPOLOGY == CYLINDER and not BY_ROWS:
             along_bias = tl.where((along < along_end)[None, :], along_bias, float("-inf"))
         along_token = tokens_on_axis(along, first_row, first_col, n_major, n_minor, TOPOLOGY, not BY_ROWS)
-        for across in range(across_begin, across_end):
-            across_token = tokens_on_axis(across, first_row, first_col, n_major, n_minor, TOPOLOGY, BY_ROWS)
-            # Keys beyond the window may exist and be read; their bias is -inf.
-            exists = sites_exist(across_token + along_token, seq_len, TOPOLOGY, BY_ROWS)
-            k = load_rows(k_base + across_token * stride_kt, along_token, exists, stride_kt, D, BLOCK_D)
-            v = load_rows(v_base + across_token * stride_vt, along_token, exists, stride_vt, D, BLOCK_D)
-            scores = dot_transposed(q, k, PRECISION) * scale + along_bias
-            if TOPOLOGY == CAUSAL:
-                # Rows between those of the queries and the end of their memory lie wholly in sight.
-                at_edge = True
-                if BY_ROWS and not HAS_FIRST_KEY:
-                    at_edge = (across >= 0) | (first_row + across <= 0) | (across < TILE_U - n_major)
-                if at_edge:
-                    seen = in_sight((across_token + along_token)[None, :], token[:, None], oldest[:, None], seq_len)
-                    scores = tl.where(seen, scores, float("-inf"))
-            across_bias = bias_along(across_site - across, across_lo, across_hi, across_decline)
-            p, kept, maximum, total, spread_total = accumulate(
-                scores, across_bias, maximum, total, spread_total, WITH_ENTROPY
+        for across in range(across_begin, across_end, ROWS):
+            scores, v = _keys_of_row(
+                q, k_base, v_base, stride_kt, stride_vt, scale, token, oldest, across, along_bias, along_token,
+                first_row, first_col, n_major, n_minor, seq_len, TOPOLOGY, BY_ROWS, HAS_FIRST_KEY, TILE_U, D, BLOCK_D,
+                PRECISION,
             )
-            acc = dot_cast(p, v, PRECISION, acc * kept[:, None])
+            bias = bias_along(across_site - across, across_lo, across_hi, across_decline)
+            if ROWS == 1:
+                p, kept, maximum, total, spread_total = accumulate(
+                    scores, bias, maximum, total, spread_total, WITH_ENTROPY
+                )
+                acc = dot_cast(p, v, PRECISION, acc * kept[:, None])
+            else:
+                other_scores, other_v = _keys_of_row(
+                    q, k_base, v_base, stride_kt, stride_vt, scale, token, oldest, across + 1, along_bias, along_token,
+                    first_row, first_col, n_major, n_minor, seq_len, TOPOLOGY, BY_ROWS, HAS_FIRST_KEY, TILE_U, D,
+                    BLOCK_D, PRECISION,
+                )
+                other_bias = bias_along(across_site - across - 1, across_lo, across_hi, across_decline)
+                if TOPOLOGY == CYLINDER and BY_ROWS:
+                    other_bias = tl.where(across + 1 < across_end, other_bias, float("-inf"))
+                p, other_p, kept, maximum, total, spread_total = accumulate_two(
+                    scores, bias, other_scores, other_bias, maximum, total, spread_total, WITH_ENTROPY
+                )
+                acc = dot_cast(p, v, PRECISION, acc * kept[:, None])
+                acc = dot_cast(other_p, other_v, PRECISION, acc)
     return acc, anchor(maximum), total, spread_total
 
 
@@ -95,17 +126,18 @@ def cross_kernel(
     n_major, n_minor, seq_len, first_head, heads, group, scale,
     num_rows, num_cols, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v,
     TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FLOW: tl.constexpr, BY_ROWS: tl.constexpr, FINISH: tl.constexpr,
-    NUM_PARTIALS: tl.constexpr, TILE_U: tl.constexpr, TILE_V: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, HAS_STATE: tl.constexpr,
-    TOKEN_ALPHA: tl.constexpr, WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+    NUM_PARTIALS: tl.constexpr, TILE_U: tl.constexpr, TILE_V: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr,
+    HAS_STATE: tl.constexpr, TOKEN_ALPHA: tl.constexpr, WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One cross flow of a chunk of heads: a partial sum, as the line families leave theirs, or where ``FINISH`` what
     is added to the ``NUM_PARTIALS`` that are there, then compounding.
 
     Grid: ``(tiles of TILE_U x TILE_V sites, heads of the chunk)``. ``FLOW`` is the number of its stream, which sees
     displacements ``a_lo`` to ``a_hi`` and ``b_lo`` to ``b_hi``; -1 leaves the sums and the compounding. A unit is the
-    inverse square of a radius. Keys are walked ``BY_ROWS`` of the lattice or by its columns. Without ``FINISH`` the
-    sum goes behind the ``NUM_PARTIALS``.
+    inverse square of a radius. Keys are walked ``BY_ROWS`` of the lattice or by its columns, ``ROWS`` a step. Without
+    ``FINISH`` the sum goes behind the ``NUM_PARTIALS``.
     """
     BLOCK_M: tl.constexpr = TILE_U * TILE_V
     local_head = tl.program_id(1)
@@ -122,7 +154,8 @@ def cross_kernel(
             q, k_ptr + batch * stride_kb + kv_head * stride_kh, v_ptr + batch * stride_vb + kv_head * stride_vh,
             tl.load(decay_ptr + head * NUM_STREAMS + FLOW), first_key_ptr, stride_kt, stride_vt, scale, batch, token,
             valid, row, col, first_row, first_col, n_major, n_minor, seq_len, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u,
-            unit_v, TOPOLOGY, BY_ROWS, HAS_FIRST_KEY, TILE_U, TILE_V, BLOCK_N, D, BLOCK_D, WITH_ENTROPY, PRECISION,
+            unit_v, TOPOLOGY, BY_ROWS, HAS_FIRST_KEY, TILE_U, TILE_V, ROWS, BLOCK_N, D, BLOCK_D, WITH_ENTROPY,
+            PRECISION,
         )
         zero = hidden_zero(seq_len)
         local_head += zero

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ....lattice import TorusLattice
-from ..launching import capability, chunk_heads, cross_flows, on_device, rows
+from ..launching import Flow, capability, chunk_heads, cross_flows, on_device, rows
 from ..primitives.lattice import (
     CLOSED,
     FAMILY_STREAMS,
@@ -52,6 +52,7 @@ class CrossLaunch(NamedTuple):
 
     across: int
     along: int
+    rows: int  # of keys in a step
     block_n: int
     num_warps: int
     num_stages: int
@@ -112,6 +113,8 @@ def _whole_launch(
         block_m, num_warps = 32, 2  # mma.sync would take more registers than there are
     if block_m * head_dim > _MAX_ROWS and families[0].family < 2:
         block_m //= 2
+    if block_d(head_dim) > 128 and families[0].form == OPEN_PAST.value:
+        num_warps = 8  # beside comparisons of time, half of such rows for each
     if light and not halves and block_m * block_n <= _SMALL_TILE:
         num_warps = 2  # what a line costs beside its scores is paid by every warp
     even = all(
@@ -130,6 +133,8 @@ def _band_launch(
     """Families whose streams are visited one by one, over many blocks of keys."""
     tiles = _BANDS if capability >= (9, 0) else _BANDS | _EARLY_BANDS
     block_m, block_n, num_warps, num_stages = tiles[dtype != torch.float32, max(64, block_d(head_dim))]
+    if block_d(head_dim) > 128 and families[0].family < 2:
+        num_warps = 8  # sums of two arcs
     if families[0].form == OPEN_PAST.value and dtype != torch.float32:
         num_stages = 1  # of two or three steps nothing is gained by more, and they take registers
     even = block_m % block_n == 0 and all(
@@ -166,15 +171,24 @@ def line_launches(
     )
 
 
-def cross_launch(width: int, head_dim: int, dtype: torch.dtype, causal: bool) -> CrossLaunch:
-    """Tiles 16 sites long, and blocks of keys as long as a tile with its halo, where the window is ``width`` long."""
+def cross_launch(
+    flow: Flow, lattice: TorusLattice, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> CrossLaunch:
+    """Tiles 16 sites long, and blocks of keys as long as a tile with its halo.
+
+    Keys are walked two rows a step where none is left over: sums are rescaled half as often.
+    """
     light = block_d(head_dim) <= 64 and dtype != torch.float32
-    along = 16
-    block_n = max(MIN_BLOCK, min(64, triton.next_power_of_2(along + width - 1)))
+    across, along = 4 if light else 2, 16
+    fits = block_d(head_dim) <= 128 and dtype != torch.float32
+    if lattice.topology == "cylinder" and capability < (9, 0):
+        fits = False  # what asks whether the second row is there takes the registers
+    rows = 2 if fits and (across + flow.depth - 1) % 2 == 0 else 1
+    block_n = max(MIN_BLOCK, min(64, triton.next_power_of_2(flow.walked(along))))
     wide_rows = block_d(head_dim) * dtype.itemsize > 256
     # In float32 comparisons of time take the registers of a second stage.
-    num_stages = 1 if causal and dtype == torch.float32 else 2
-    return CrossLaunch(4 if light else 2, along, block_n, 8 if wide_rows else 4, num_stages)
+    num_stages = 1 if lattice.is_causal and dtype == torch.float32 else 2
+    return CrossLaunch(across, along, rows, block_n, 8 if wide_rows else 4, num_stages)
 
 
 def _axes(lattice: TorusLattice) -> tuple[int, int]:
@@ -220,11 +234,12 @@ def _plan(
     }) for launch in launches)
     crosses = []
     for place, flow in enumerate(flows):
-        cross = cross_launch(flow.width, head_dim, dtype, lattice.is_causal)
+        cross = cross_launch(flow, lattice, head_dim, dtype, capability(device))
         tile_u, tile_v = flow.tile(cross.across, cross.along)
         crosses.append((flow.tiles(cross.across, cross.along), flow.arguments, {
             "FLOW": flow.stream, "BY_ROWS": flow.by_rows, "FINISH": place == len(flows) - 1,
-            "NUM_PARTIALS": num_partials + place, "TILE_U": tile_u, "TILE_V": tile_v, "BLOCK_N": cross.block_n,
+            "NUM_PARTIALS": num_partials + place, "TILE_U": tile_u, "TILE_V": tile_v, "ROWS": cross.rows,
+            "BLOCK_N": cross.block_n,
             "HAS_STATE": has_state, "TOKEN_ALPHA": token_alpha, "num_warps": cross.num_warps,
             "num_stages": cross.num_stages, **shared,
         }))

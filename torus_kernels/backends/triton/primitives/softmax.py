@@ -62,6 +62,27 @@ def accumulate(scores, offset, maximum, total, spread_total, WITH_SPREAD: tl.con
 
 
 @triton.jit
+def accumulate_two(
+    scores, offset, other_scores, other_offset, maximum, total, spread_total, WITH_SPREAD: tl.constexpr
+):
+    """`accumulate` of two blocks of one size at once, each with its offset: the exponentials of both, then the rest."""
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) + offset)
+    new_maximum = tl.maximum(new_maximum, tl.max(other_scores, axis=1) + other_offset)
+    anchored = anchor(new_maximum)
+    exponents = scores + (offset - anchored)[:, None]
+    other_exponents = other_scores + (other_offset - anchored)[:, None]
+    exponentials = tl.exp2(exponents)
+    other_exponentials = tl.exp2(other_exponents)
+    kept = tl.exp2(maximum - anchored)
+    if WITH_SPREAD:
+        spread_total = kept * (spread_total + total * (anchor(maximum) - anchored)) + (
+            spread(exponentials, exponents) + spread(other_exponentials, other_exponents)
+        )
+    total = kept * total + tl.sum(exponentials + other_exponentials, axis=1)
+    return exponentials, other_exponentials, kept, new_maximum, total, spread_total
+
+
+@triton.jit
 def mixing(gate, total, partner_gate, partner_total, PAIR: tl.constexpr):
     """Factors of two streams' exponentials and the factor that is left for their common product with V.
 
