@@ -39,6 +39,19 @@ def test_lattices_beyond_one_tile(backend, lattice, seq_len, dtype):
     check_precision(backend, make_problem(lattice, seq_len, heads=2, kv_heads=1, head_dim=32), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=label)
+@pytest.mark.parametrize(
+    "lattice, seq_len",
+    [(TorusLattice(128, 2), None), (TorusLattice(2, 66, winding=33), None), (TorusLattice(68, 2, "cylinder"), None),
+     (TorusLattice(66, 2, "causal"), 140)],
+    ids=label,
+)
+def test_lines_of_several_blocks(backend, lattice, seq_len, dtype):
+    """Heads with keys of their own, along lines that fill their blocks and lines that do not."""
+    require(backend, lattice, dtype)
+    check_precision(backend, make_problem(lattice, seq_len, batch=1, heads=1, head_dim=16), dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
 @pytest.mark.parametrize("head_dim", [8, 16, 24, 40, 64, 72, 104, 128, 168, 248, 256])
 @pytest.mark.parametrize(

@@ -56,6 +56,11 @@ class Flow(NamedTuple):
         """Sites along the steps of the walk around a tile with that many sites along them."""
         return along + self.width - 1
 
+    def rows(self, across: int, lattice: TorusLattice) -> int | None:
+        """Rows of the walk around a tile with that many sites across them; None where the ends of an axis cut it."""
+        cut = self.by_rows and lattice.topology != "periodic"
+        return None if cut else across + self.depth - 1
+
     def tiles(self, across: int, along: int) -> int:
         """Tiles of the lattice."""
         tile_u, tile_v = self.tile(across, along)

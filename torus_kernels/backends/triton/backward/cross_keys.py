@@ -33,7 +33,8 @@ def _add_gradients(
     first_col, key_row, key_col, key_token, key_valid, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v,
     TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FLOW: tl.constexpr, BY_ROWS: tl.constexpr, GROUPED: tl.constexpr,
     GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PARTS: tl.constexpr, TILE_U: tl.constexpr, TILE_V: tl.constexpr, BLOCK_M: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, TILE_U: tl.constexpr, TILE_V: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
 ):
     """``(d_k, d_v)`` and what one flow adds for a tile of keys, from all query heads that read it."""
     k = load_parts(base_of(operands.k, batch, kv_head), key_token, key_valid, operands.k.token, D, BLOCK_D, PARTS)
@@ -43,6 +44,8 @@ def _add_gradients(
     )
     # A window has its own site at least. Without this, registers are kept for loops that make no turn.
     tl.assume((across_begin < across_end) & (along_begin < along_end))
+    # Rows come in such numbers, which the compiler is told: it would compile what follows for the rows left over too.
+    across_end = across_begin + (across_end - across_begin) // ROWS * ROWS
     across_site, along_site = across_along(key_row, key_col, BY_ROWS)
     across_lo, along_lo = across_along(a_lo, b_lo, BY_ROWS)
     across_hi, along_hi = across_along(a_hi, b_hi, BY_ROWS)
@@ -58,7 +61,7 @@ def _add_gradients(
             along_bias = bias_along(along[None, :] - along_site[:, None], along_lo, along_hi,
                                     bias_slope(decay, along_unit))
             along_token = tokens_on_axis(along, first_row, first_col, n_major, n_minor, TOPOLOGY, not BY_ROWS)
-            for across in range(across_begin, across_end):
+            for across in tl.range(across_begin, across_end, loop_unroll_factor=ROWS):
                 across_token = tokens_on_axis(across, first_row, first_col, n_major, n_minor, TOPOLOGY, BY_ROWS)
                 token = across_token + along_token
                 # Queries beyond the window may exist and be read; their bias is -inf.
@@ -95,11 +98,13 @@ def cross_by_keys(
     TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FLOW: tl.constexpr, BY_ROWS: tl.constexpr, FINISH: tl.constexpr,
     SLOT: tl.constexpr, NUM_SLOTS: tl.constexpr, ACCUMULATE: tl.constexpr, GROUPED: tl.constexpr, GATES: tl.constexpr,
     HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PARTS: tl.constexpr, TILE_U: tl.constexpr, TILE_V: tl.constexpr, BLOCK_M: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, TILE_U: tl.constexpr, TILE_V: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
 ):
     """One program: a tile of keys of one key/value head and one flow, for all query heads that read it.
 
     ``FLOW`` and what becomes of the gradients are as in `cross_by_queries`; ``GROUPED`` where several heads read a key.
+    A turn of the loop is ``ROWS`` rows of queries, which come in multiples of that.
     """
     local_pair, num_pairs = tl.program_id(1), tl.num_programs(1)
     kv_heads = heads // group
@@ -116,8 +121,8 @@ def cross_by_keys(
         d_k, d_v = _add_gradients(
             d_k, d_v, operands, batch, kv_head, heads, group, local_pair, seq_len, n_major, n_minor, scale, first_row,
             first_col, row, col, token, valid, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v, TOPOLOGY, STREAMS,
-            FLOW, BY_ROWS, GROUPED, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, TILE_U, TILE_V, BLOCK_M,
-            ONE_BLOCK,
+            FLOW, BY_ROWS, GROUPED, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, TILE_U, TILE_V, ROWS,
+            BLOCK_M, ONE_BLOCK,
         )
         zero = hidden_zero(seq_len)
         local_pair += zero

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ....lattice import NUM_STREAMS, TorusLattice
-from ..launching import MAX_GRID_Y, capability, chunk_heads, cross_flows, l2_bytes, on_device, rows
+from ..launching import MAX_GRID_Y, Flow, capability, chunk_heads, cross_flows, l2_bytes, on_device, rows
 from ..primitives.lattice import FAMILY_STREAMS, OPEN_PAST, LineFamily, line_families, line_programs
 from ..primitives.tiles import MIN_BLOCK, block_d, input_precision
 from .cross import cross_by_queries
@@ -58,6 +58,7 @@ class CrossLaunch(NamedTuple):
     num_warps: int
     num_stages: int
     parts: int = 1  # of the channels, each with sums of its own
+    pairs: bool = False  # of rows in a turn of the loop, where they come in pairs
 
 
 def _mask(families: Iterable[LineFamily]) -> int:
@@ -152,15 +153,14 @@ def line_launches(
 
 
 def cross_launches(
-    width: int, head_dim: int, dtype: torch.dtype, causal: bool, group: int, capability: tuple[int, int]
+    flow: Flow, lattice: TorusLattice, head_dim: int, dtype: torch.dtype, group: int, capability: tuple[int, int]
 ) -> tuple[CrossLaunch, CrossLaunch]:
-    """Tiles of queries and tiles of keys: 16 sites long, and steps as long as a tile with its halo, or half, where the
-    window is ``width`` long."""
-    wide, along = block_d(head_dim), 16
+    """Tiles of queries and tiles of keys: 16 sites long, and steps as long as a tile with its halo, or half."""
+    wide, along, causal = block_d(head_dim), 16, lattice.is_causal
     across = 1 if wide > 128 else 2 if dtype == torch.float32 else 4
     limit = 32 if wide <= (128 if dtype != torch.float32 else 64) else 16
     light = wide <= 64 and dtype != torch.float32
-    queries = CrossLaunch(across, along, _power(along + width - 1, limit), 4, 2 if wide <= 64 else 1)
+    queries = CrossLaunch(across, along, _power(flow.walked(along), limit), 4, 2 if wide <= 64 else 1)
     keys = queries
     if light and causal:
         queries = keys = queries._replace(num_stages=1)  # comparisons of time take the registers of a second stage
@@ -180,6 +180,8 @@ def cross_launches(
         queries = keys = queries._replace(parts=2)
         if group > 1:
             keys = keys._replace(num_stages=3)  # loads need no registers while they wait
+    if light and (capability >= (9, 0) or (group == 1 and lattice.topology != "cylinder")):
+        keys = keys._replace(pairs=True)  # addresses and barriers of a turn are shared, where there are registers
     return queries, keys
 
 
@@ -238,9 +240,7 @@ def _plan(
 ) -> _Plan:
     launches = line_launches(lattice, seq_len, head_dim, dtype, group, capability(device))
     flows = cross_flows(lattice, seq_len)
-    crosses = [
-        cross_launches(flow.width, head_dim, dtype, lattice.is_causal, group, capability(device)) for flow in flows
-    ]
+    crosses = [cross_launches(flow, lattice, head_dim, dtype, group, capability(device)) for flow in flows]
     tiles = [flow.tiles(queries.across, queries.along) for flow, (queries, _) in zip(flows, crosses, strict=True)]
     num_families = sum(len(launch.families) for launch in launches)
     line_part = sum(line_programs(launch.families, launch.row_block, 1) for launch in launches)
@@ -283,8 +283,9 @@ def _plan(
             tile_u, tile_v = flow.tile(cross.across, cross.along)
             numbers = (line_part + sum(tiles[:place]), programs) if owns_queries else ()
             num_tiles = flow.tiles(cross.across, cross.along)
+            in_pairs = cross.pairs and (flow.rows(cross.across, lattice) or 1) % 2 == 0
             of_keys = {} if owns_queries else {
-                "GROUPED": group > 1, "ONE_BLOCK": flow.walked(cross.along) <= cross.block,
+                "GROUPED": group > 1, "ONE_BLOCK": flow.walked(cross.along) <= cross.block, "ROWS": 1 + in_pairs,
             }
             cross_calls.append((kernel, owns_queries, num_tiles, (*numbers, *flow.arguments), {
                 "FLOW": flow.stream, "BY_ROWS": flow.by_rows, "FINISH": place == len(flows) - 1,
