@@ -4,6 +4,7 @@ needed."""
 import functools
 import json
 import os
+import unittest.mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import triton.language as tl  # noqa: E402
 
 from benchmarks import sass, triton_resources  # noqa: E402
 from benchmarks.triton_resources import CAPABILITIES  # noqa: E402
+from torus_kernels.backends.triton import launching  # noqa: E402
 
 RECORDED = json.loads(triton_resources.RECORD.read_text())
 """What the kernels took when they were last recorded. The numbers may only fall; a change that makes them fall records
@@ -211,14 +213,35 @@ class TestLaunches:
 
     @pytest.mark.parametrize("radius", [(3, 7), (7, 3), (2, 2)])
     def test_a_cross_flow_is_walked_along_its_short_axis(self, radius):
-        from torus_kernels.backends.triton.launching import cross_flows
-
-        for flow in cross_flows(TorusLattice(64, 64, cross_radius=radius), 64 * 64):
+        for flow in launching.cross_flows(TorusLattice(64, 64, cross_radius=radius), 64 * 64):
             _, _, a_lo, a_hi, b_lo, b_hi, _, _ = flow.arguments
             steps = a_hi - a_lo if flow.by_rows else b_hi - b_lo
             assert steps == 2 * min(radius)
-            assert flow.width == 1 + 2 * max(radius)
+            assert (flow.depth, flow.width) == (1 + 2 * min(radius), 1 + 2 * max(radius))
             assert flow.tile(4, 16) == ((4, 16) if flow.by_rows else (16, 4))
+
+    @pytest.mark.parametrize("radius", [(3, 7), (2, 7), (4, 30)])
+    @pytest.mark.parametrize("topology", ["periodic", "causal", "cylinder"])
+    @pytest.mark.parametrize("capability", CAPABILITIES)
+    def test_rows_are_walked_in_pairs_only_where_none_is_left_over(self, capability, topology, radius):
+        lattice = TorusLattice(9, 12, topology, winding=4, cross_radius=radius)
+        workload = Workload("pairs", lattice, batch=1, heads=1, head_dim=32)
+        forward, backward = [], []
+        with sass._pretended_device(capability), unittest.mock.patch(
+            "triton.runtime.jit.JITFunction.run",
+            lambda self, *args, **options: (backward if "cross_by" in self.__name__ else forward).append(options),
+        ):
+            sass.launch_attention(workload, torch.bfloat16, backward=False)
+            sass.launch_attention(workload, torch.bfloat16, backward=True)
+        walked = [options for options in forward + backward if "ROWS" in options]
+        assert len(walked) == 4
+        for options in walked:
+            flow, = (f for f in launching.cross_flows(lattice, lattice.num_sites) if f.stream == options["FLOW"])
+            _, _, a_lo, a_hi, b_lo, b_hi, _, _ = flow.arguments
+            low, high, side = (a_lo, a_hi, "TILE_U") if flow.by_rows else (b_lo, b_hi, "TILE_V")
+            assert (options[side] + high - low) % options["ROWS"] == 0
+            if topology != "periodic" and flow.by_rows and options in backward:
+                assert options["ROWS"] == 1
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
