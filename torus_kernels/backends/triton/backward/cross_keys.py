@@ -29,10 +29,10 @@ from .operands import add_partials, base_of, load_row_numbers, partial_of, row_n
 
 @triton.jit
 def _add_gradients(
-    d_k, d_v, operands, batch, kv_head, heads, group, local_pair, seq_len, n_major, n_minor, scale, first_row,
+    d_k, d_v, operands, batch, kv_head, group, local_pair, seq_len, n_major, n_minor, scale, first_row,
     first_col, key_row, key_col, key_token, key_valid, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v,
-    TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FLOW: tl.constexpr, BY_ROWS: tl.constexpr, GROUPED: tl.constexpr,
-    GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOPOLOGY: tl.constexpr, FLOW: tl.constexpr, BY_ROWS: tl.constexpr, GROUPED: tl.constexpr,
+    HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr, TILE_U: tl.constexpr, TILE_V: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
@@ -44,7 +44,7 @@ def _add_gradients(
     )
     # A window has its own site at least. Without this, registers are kept for loops that make no turn.
     tl.assume((across_begin < across_end) & (along_begin < along_end))
-    # Rows come in such numbers, which the compiler is told: it would compile what follows for the rows left over too.
+    # Rows come in multiples of ROWS: told so, the compiler makes no second loop for what is left over.
     across_end = across_begin + (across_end - across_begin) // ROWS * ROWS
     across_site, along_site = across_along(key_row, key_col, BY_ROWS)
     across_lo, along_lo = across_along(a_lo, b_lo, BY_ROWS)
@@ -119,10 +119,9 @@ def cross_by_keys(
     d_v = add_partials(nothing, operands.d_v, num_pairs, local_pair, seq_len, token, valid, SLOTS, D, BLOCK_D, PARTS)
     if FLOW >= 0:
         d_k, d_v = _add_gradients(
-            d_k, d_v, operands, batch, kv_head, heads, group, local_pair, seq_len, n_major, n_minor, scale, first_row,
-            first_col, row, col, token, valid, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v, TOPOLOGY, STREAMS,
-            FLOW, BY_ROWS, GROUPED, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, TILE_U, TILE_V, ROWS,
-            BLOCK_M, ONE_BLOCK,
+            d_k, d_v, operands, batch, kv_head, group, local_pair, seq_len, n_major, n_minor, scale, first_row,
+            first_col, row, col, token, valid, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v, TOPOLOGY, FLOW,
+            BY_ROWS, GROUPED, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, TILE_U, TILE_V, ROWS, BLOCK_M, ONE_BLOCK,
         )
         zero = hidden_zero(seq_len)
         local_pair += zero

@@ -69,20 +69,25 @@ def _power(n: int, limit: int) -> int:
     return max(MIN_BLOCK, min(limit, triton.next_power_of_2(n)))
 
 
+def _alike(limit: int, by_queries: Blocks, by_keys: Blocks):
+    """An entry of the tables below with the same blocks for loops and for spirals."""
+    return limit, (by_queries, by_keys), (by_queries, by_keys)
+
+
 # By (16-bit, BLOCK_D): the longest line that one block of keys holds, and the blocks of longer ones, queries first and
 # keys first, of loops and of spirals. Chosen among those that compile without spills, by instructions per score.
 _LINES = {
     (True, 64): (64, (Blocks(64, 32, 4, 2, 2), Blocks(64, 128, 8, 2)), (Blocks(64, 64, 4, 2), Blocks(64, 128, 8, 2))),
-    (True, 128): (32, *2 * ((Blocks(64, 32, 4, 1), Blocks(32, 64, 4, 1)),)),
-    (True, 256): (16, *2 * ((Blocks(16, 32, 4, 2), Blocks(32, 32, 8, 1)),)),
-    (False, 64): (32, *2 * ((Blocks(32, 32, 4, 2), Blocks(16, 32, 4, 2)),)),
-    (False, 128): (16, *2 * ((Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1)),)),
-    (False, 256): (16, *2 * ((Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),)),
+    (True, 128): _alike(32, Blocks(64, 32, 4, 1), Blocks(32, 64, 4, 1)),
+    (True, 256): _alike(16, Blocks(16, 32, 4, 2), Blocks(32, 32, 8, 1)),
+    (False, 64): _alike(32, Blocks(32, 32, 4, 2), Blocks(16, 32, 4, 2)),
+    (False, 128): _alike(16, Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1)),
+    (False, 256): _alike(16, Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
 }
 # Where mma.sync needs more registers than wgmma.
 _EARLY_LINES = {
-    (True, 64): (64, *2 * ((Blocks(64, 32, 4, 2, 2), Blocks(64, 128, 8, 2)),)),
-    (True, 128): (32, *2 * ((Blocks(32, 32, 2, 1), Blocks(64, 64, 8, 1)),)),
+    (True, 64): _alike(64, Blocks(64, 32, 4, 2, 2), Blocks(64, 128, 8, 2)),
+    (True, 128): _alike(32, Blocks(32, 32, 2, 1), Blocks(64, 64, 8, 1)),
 }
 # By the first blocks of queries, those that share the cost of a block of keys where lines are long enough.
 _LONG_LINES = {
