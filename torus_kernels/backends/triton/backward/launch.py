@@ -79,7 +79,7 @@ def _alike(limit: int, by_queries: Blocks, by_keys: Blocks):
 _LINES = {
     (True, 64): (64, (Blocks(64, 32, 4, 2, 2), Blocks(64, 128, 8, 2)), (Blocks(64, 64, 4, 2), Blocks(64, 128, 8, 2))),
     (True, 128): _alike(32, Blocks(64, 32, 4, 1), Blocks(32, 64, 4, 1)),
-    (True, 256): _alike(16, Blocks(16, 32, 4, 2), Blocks(32, 32, 8, 1)),
+    (True, 256): _alike(16, Blocks(16, 32, 4, 3), Blocks(32, 32, 8, 1)),
     (False, 64): _alike(32, Blocks(32, 32, 4, 2), Blocks(16, 32, 4, 2)),
     (False, 128): _alike(16, Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1)),
     (False, 256): _alike(16, Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
@@ -174,6 +174,8 @@ def cross_launches(
         queries = keys if wide > 32 else queries
         if wide == 64 and (not causal or capability >= (9, 0)):
             keys = keys._replace(num_warps=4)  # fewer instructions, where there are registers for them
+        if group > 1 and capability >= (9, 0):
+            keys = keys._replace(num_stages=1)
     elif 64 < wide <= 128 and capability >= (9, 0):
         keys = keys._replace(block=16, parts=2)  # a step of 32 spills beside two sums of 128 channels
     elif 64 < wide <= 128:
