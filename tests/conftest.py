@@ -18,6 +18,7 @@ torch.set_num_threads(1)
 if Backend("triton").is_interpreted:
     interpreter.redefine_the_language_once()
     interpreter.compute_bfloat16()
+    interpreter.pretend_capability()
     triton_backend.INTERPRETED_DTYPES.add(torch.bfloat16)
 
 _QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}

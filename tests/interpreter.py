@@ -1,6 +1,8 @@
 """Triton's interpreter, which runs kernels on the CPU under ``TRITON_INTERPRET=1``: quick enough for a suite, and right
 in bfloat16."""
 
+import os
+
 import torch
 
 
@@ -25,6 +27,15 @@ def redefine_the_language_once() -> None:
 
     interpreter.GridExecutor.__call__ = launch_anew
     interpreter.InterpretedFunction.__call__ = call
+
+
+def pretend_capability() -> None:
+    """``TORUS_TEST_CAPABILITY=90``: tiles and launches as on a device of that capability, for the interpreter's own."""
+    if wanted := os.environ.get("TORUS_TEST_CAPABILITY"):
+        from torus_kernels.backends.triton import backward, forward
+
+        for module in (forward.launch, backward.launch):
+            module.capability = lambda device: divmod(int(wanted), 10)
 
 
 def compute_bfloat16() -> None:

@@ -25,6 +25,24 @@ def problem_on(backend, lattice, seq_len, dtype=None, **options) -> Problem:
     return make_problem(lattice, seq_len, **options).to(dtype, backend.device)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+@pytest.mark.parametrize(
+    "lattice, seq_len",
+    [*PLACES, (TorusLattice(8, 16, "cylinder"), 128),
+     (TorusLattice(9, 12, "cylinder", winding=4, cross_radius=(2, 5)), 108)],
+    ids=label,
+)
+def test_poison_never_reaches_another_head(backend, lattice, seq_len, dtype):
+    """Whatever lies in memory before and behind a head's own keys."""
+    problem = problem_on(backend, lattice, seq_len, dtype, batch=1, heads=3, kv_heads=3)
+    poisoned = problem.replace(k=problem.k.clone(), v=problem.v.clone())
+    for tokens in (poisoned.k, poisoned.v):
+        tokens[:, [0, 2]] = float("nan")
+    found, expected = evaluate(backend.attention, poisoned), evaluate(backend.attention, problem)
+    for name in ("out", "d_q", "d_k", "d_v"):
+        assert torch.equal(found[name][:, 1], expected[name][:, 1]), name
+
+
 def rows_that_see(lattice, seq_len: int, key: int) -> torch.Tensor:
     return torch.stack([dense.geometry(lattice, s, seq_len)[0][:, key] for s in range(8)]).any(dim=0)
 

@@ -1,7 +1,7 @@
 """The Triton kernels without a GPU: parts of the suite run again under Triton's interpreter, which takes CPU tensors.
 
 The interpreter is slow, so these are the small cases. Everything else of the suite runs on it too, for as long as it
-takes: ``TRITON_INTERPRET=1 ./run test -k triton``.
+takes: ``TRITON_INTERPRET=1 ./run test -k triton``, with ``TORUS_TEST_CAPABILITY=90`` as if on sm_90.
 """
 
 import os
@@ -34,9 +34,23 @@ SELECTED = {
 }
 
 
+# The same with the tiles and launches of sm_90; the interpreter's own device is an sm_80.
+SELECTED_AS_90 = {
+    "test_golden.py": "float16 and (2x2 or periodic_6x4)",
+    "test_precision.py": "several_blocks and 128x2 and bfloat16",
+    "test_robustness.py": "another_head and 9x12 and bfloat16",
+}
+
+
 @pytest.fixture(scope="module")
 def reruns():
     with Reruns("triton", SELECTED, TRITON_INTERPRET="1") as runs:
+        yield runs
+
+
+@pytest.fixture(scope="module")
+def reruns_as_90():
+    with Reruns("triton", SELECTED_AS_90, TRITON_INTERPRET="1", TORUS_TEST_CAPABILITY="90") as runs:
         yield runs
 
 
@@ -44,3 +58,9 @@ def reruns():
 @pytest.mark.parametrize("file", SELECTED)
 def test_suite(reruns, file):
     reruns.check(file)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the whole suite runs under the interpreter")
+@pytest.mark.parametrize("file", SELECTED_AS_90)
+def test_suite_as_on_sm_90(reruns_as_90, file):
+    reruns_as_90.check(file)

@@ -56,10 +56,11 @@ class Flow(NamedTuple):
         """Sites along the steps of the walk around a tile with that many sites along them."""
         return along + self.width - 1
 
-    def rows(self, across: int, lattice: TorusLattice) -> int | None:
-        """Rows of the walk around a tile with that many sites across them; None where the ends of an axis cut it."""
+    def in_pairs(self, across: int, lattice: TorusLattice) -> bool:
+        """Whether the rows of the walk around a tile with that many sites across them come in pairs: where the ends of
+        an axis cut the walk they need not, and what would be the other row may not exist."""
         cut = self.by_rows and lattice.topology != "periodic"
-        return None if cut else across + self.depth - 1
+        return not cut and (across + self.depth - 1) % 2 == 0
 
     def tiles(self, across: int, along: int) -> int:
         """Tiles of the lattice."""

@@ -112,7 +112,9 @@ def _fitting(blocks: Blocks, walks_queries: bool, longest: int, dtype: torch.dty
     share = blocks.block_m * blocks.block_n // (block_m * block_n)
     num_warps = blocks.num_warps if dtype == torch.float32 else max(1, blocks.num_warps // share)
     step = block_m if walks_queries else block_n
-    return Blocks(block_m, block_n, num_warps, blocks.num_stages if longest > step else 1, blocks.summed)
+    if longest <= step:
+        return Blocks(block_m, block_n, num_warps, 1)
+    return Blocks(block_m, block_n, num_warps, blocks.num_stages, blocks.summed)
 
 
 def _long_launch(
@@ -290,7 +292,7 @@ def _plan(
             tile_u, tile_v = flow.tile(cross.across, cross.along)
             numbers = (line_part + sum(tiles[:place]), programs) if owns_queries else ()
             num_tiles = flow.tiles(cross.across, cross.along)
-            in_pairs = cross.pairs and (flow.rows(cross.across, lattice) or 1) % 2 == 0
+            in_pairs = cross.pairs and flow.in_pairs(cross.across, lattice)
             of_keys = {} if owns_queries else {
                 "GROUPED": group > 1, "ONE_BLOCK": flow.walked(cross.along) <= cross.block, "ROWS": 1 + in_pairs,
             }

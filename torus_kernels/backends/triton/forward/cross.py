@@ -104,8 +104,6 @@ def _attend(
                     BLOCK_D, PRECISION,
                 )
                 other_bias = bias_along(across_site - across - 1, across_lo, across_hi, across_decline)
-                if TOPOLOGY == CYLINDER and BY_ROWS:
-                    other_bias = tl.where(across + 1 < across_end, other_bias, float("-inf"))
                 p, other_p, kept, maximum, total, spread_total = accumulate_two(
                     scores, bias, other_scores, other_bias, maximum, total, spread_total, WITH_ENTROPY
                 )
@@ -136,8 +134,8 @@ def cross_kernel(
 
     Grid: ``(tiles of TILE_U x TILE_V sites, heads of the chunk)``. ``FLOW`` is the number of its stream, which sees
     displacements ``a_lo`` to ``a_hi`` and ``b_lo`` to ``b_hi``; -1 leaves the sums and the compounding. A unit is the
-    inverse square of a radius. Keys are walked ``BY_ROWS`` of the lattice or by its columns, ``ROWS`` a step. Without
-    ``FINISH`` the sum goes behind the ``NUM_PARTIALS``.
+    inverse square of a radius. Keys are walked ``BY_ROWS`` of the lattice or by its columns, ``ROWS`` a step, of
+    which there are multiples. Without ``FINISH`` the sum goes behind the ``NUM_PARTIALS``.
     """
     BLOCK_M: tl.constexpr = TILE_U * TILE_V
     local_head = tl.program_id(1)

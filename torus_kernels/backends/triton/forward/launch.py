@@ -171,9 +171,7 @@ def line_launches(
     )
 
 
-def cross_launch(
-    flow: Flow, lattice: TorusLattice, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
-) -> CrossLaunch:
+def cross_launch(flow: Flow, lattice: TorusLattice, head_dim: int, dtype: torch.dtype) -> CrossLaunch:
     """Tiles 16 sites long, and blocks of keys as long as a tile with its halo.
 
     Keys are walked two rows a step where none is left over: sums are rescaled half as often.
@@ -181,9 +179,7 @@ def cross_launch(
     light = block_d(head_dim) <= 64 and dtype != torch.float32
     across, along = 4 if light else 2, 16
     fits = block_d(head_dim) <= 128 and dtype != torch.float32
-    if lattice.topology == "cylinder" and capability < (9, 0):
-        fits = False  # what asks whether the second row is there takes the registers
-    rows = 2 if fits and (across + flow.depth - 1) % 2 == 0 else 1
+    rows = 2 if fits and flow.in_pairs(across, lattice) else 1
     block_n = max(MIN_BLOCK, min(64, triton.next_power_of_2(flow.walked(along))))
     wide_rows = block_d(head_dim) * dtype.itemsize > 256
     # In float32 comparisons of time take the registers of a second stage.
@@ -234,7 +230,7 @@ def _plan(
     }) for launch in launches)
     crosses = []
     for place, flow in enumerate(flows):
-        cross = cross_launch(flow, lattice, head_dim, dtype, capability(device))
+        cross = cross_launch(flow, lattice, head_dim, dtype)
         tile_u, tile_v = flow.tile(cross.across, cross.along)
         crosses.append((flow.tiles(cross.across, cross.along), flow.arguments, {
             "FLOW": flow.stream, "BY_ROWS": flow.by_rows, "FINISH": place == len(flows) - 1,
