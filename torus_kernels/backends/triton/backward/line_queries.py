@@ -49,12 +49,13 @@ def _normalised(gate, deltas, totals):
 @triton.jit
 def _tile(
     q, d_out, k_base, v_base, stride_kt, stride_vt, position, lse, partner_lse, decline, partner_decline, reach, begin,
-    line, length, loop, stride, slope, num_lines, scale,
+    line, shape, scale,
     ARCS: tl.constexpr, FORM: tl.constexpr, STRAIGHT: tl.constexpr, FULL_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """What a block of keys is to the queries, ``[BLOCK_M, BLOCK_N]`` but for the keys: ``(k, dP, squared steps, P,
-    partner's P)``."""
+    partner's P)``; ``shape`` is that of the line, as of `line_of`."""
+    loop, stride, slope, num_lines, length, _, _, _, _ = shape
     key_position = begin + tl.arange(0, BLOCK_N)
     key_valid = key_position < length
     key_place = tokens_along(line, key_position, stride, slope, num_lines, STRAIGHT)
@@ -90,7 +91,7 @@ def _queries_of_line(
     kv_head = head // group
     STRAIGHT: tl.constexpr = ARCS or TOPOLOGY == CAUSAL
     shape = line_of(family, line, n_major, n_minor, winding, seq_len, ARCS, FORM, TOPOLOGY)
-    loop, stride, slope, num_lines, length, max_step, unit, stream, start = shape
+    _, stride, slope, num_lines, length, max_step, unit, stream, start = shape
     decline = bias_slope(tl.load(operands.decay + head * NUM_STREAMS + stream), unit)
     partner_decline = decline
     if ARCS:
@@ -129,10 +130,10 @@ def _queries_of_line(
     partner_delta = delta
     if not ONE_TILE:
         for begin in range(key_begin, key_end, SUMMED_N):
-            _, d_probs, squared, probs, partner_probs = _tile(
+            _k, d_probs, _squared, probs, partner_probs = _tile(
                 q, d_out, k_base, v_base, operands.k.token, operands.v.token, position, lse, partner_lse, decline,
-                partner_decline, reach, begin, line, length, loop, stride, slope, num_lines, scale, ARCS, FORM,
-                STRAIGHT, FULL_BLOCKS, PRECISION, D, BLOCK_D, SUMMED_N,
+                partner_decline, reach, begin, line, shape, scale, ARCS, FORM, STRAIGHT, FULL_BLOCKS, PRECISION, D,
+                BLOCK_D, SUMMED_N,
             )
             totals += partial_sums(probs)
             deltas += partial_sums(probs * d_probs)
@@ -145,8 +146,8 @@ def _queries_of_line(
     for begin in range(key_begin, key_end, BLOCK_N):
         k, d_probs, squared, probs, partner_probs = _tile(
             q, d_out, k_base, v_base, operands.k.token, operands.v.token, position, lse, partner_lse, decline,
-            partner_decline, reach, begin, line, length, loop, stride, slope, num_lines, scale, ARCS, FORM, STRAIGHT,
-            FULL_BLOCKS, PRECISION, D, BLOCK_D, BLOCK_N,
+            partner_decline, reach, begin, line, shape, scale, ARCS, FORM, STRAIGHT, FULL_BLOCKS, PRECISION, D, BLOCK_D,
+            BLOCK_N,
         )
         if ONE_TILE:
             gate, delta = _normalised(gate, partial_sums(probs * d_probs), partial_sums(probs))

@@ -66,8 +66,10 @@ def _attend(
             if FORM == OPEN_BOTH:
                 visible = visible & valid[None, :]
             scores = masked(scores - decline * (steps * steps), visible)
-        p, kept, maximum, total, spread_total = accumulate(scores, 0.0, maximum, total, spread_total, WITH_ENTROPY)
-        acc = dot_cast(p, v, PRECISION, acc * kept[:, None])
+        p, kept, maximum, total, spread_total = accumulate(
+            (scores,), (0.0,), maximum, total, spread_total, 1, WITH_ENTROPY
+        )
+        acc = dot_cast(p[0], v, PRECISION, acc * kept[:, None])
     return acc, maximum, total, spread_total
 
 

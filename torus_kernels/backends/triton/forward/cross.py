@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..primitives.lattice import CAUSAL, CYLINDER, NUM_STREAMS, oldest_key
-from ..primitives.softmax import accumulate, accumulate_two, anchor, bias_slope, write_statistics
+from ..primitives.softmax import accumulate, anchor, bias_slope, write_statistics
 from ..primitives.tiles import dot_cast, dot_transposed, gate_rows, head_of, hidden_zero, load_rows, store_rows
 from ..primitives.window import (
     across_along,
@@ -86,29 +86,22 @@ def _attend(
             along_bias = tl.where((along < along_end)[None, :], along_bias, float("-inf"))
         along_token = tokens_on_axis(along, first_row, first_col, n_major, n_minor, TOPOLOGY, not BY_ROWS)
         for across in range(across_begin, across_end, ROWS):
-            scores, v = _keys_of_row(
-                q, k_base, v_base, stride_kt, stride_vt, scale, token, oldest, across, along_bias, along_token,
-                first_row, first_col, n_major, n_minor, seq_len, TOPOLOGY, BY_ROWS, HAS_FIRST_KEY, TILE_U, D, BLOCK_D,
-                PRECISION,
+            scores, values, biases = (), (), ()
+            for index in tl.static_range(ROWS):
+                row_scores, v = _keys_of_row(
+                    q, k_base, v_base, stride_kt, stride_vt, scale, token, oldest, across + index, along_bias,
+                    along_token, first_row, first_col, n_major, n_minor, seq_len, TOPOLOGY, BY_ROWS, HAS_FIRST_KEY,
+                    TILE_U, D, BLOCK_D, PRECISION,
+                )
+                scores += (row_scores,)
+                values += (v,)
+                biases += (bias_along(across_site - (across + index), across_lo, across_hi, across_decline),)
+            p, kept, maximum, total, spread_total = accumulate(
+                scores, biases, maximum, total, spread_total, ROWS, WITH_ENTROPY
             )
-            bias = bias_along(across_site - across, across_lo, across_hi, across_decline)
-            if ROWS == 1:
-                p, kept, maximum, total, spread_total = accumulate(
-                    scores, bias, maximum, total, spread_total, WITH_ENTROPY
-                )
-                acc = dot_cast(p, v, PRECISION, acc * kept[:, None])
-            else:
-                other_scores, other_v = _keys_of_row(
-                    q, k_base, v_base, stride_kt, stride_vt, scale, token, oldest, across + 1, along_bias, along_token,
-                    first_row, first_col, n_major, n_minor, seq_len, TOPOLOGY, BY_ROWS, HAS_FIRST_KEY, TILE_U, D,
-                    BLOCK_D, PRECISION,
-                )
-                other_bias = bias_along(across_site - across - 1, across_lo, across_hi, across_decline)
-                p, other_p, kept, maximum, total, spread_total = accumulate_two(
-                    scores, bias, other_scores, other_bias, maximum, total, spread_total, WITH_ENTROPY
-                )
-                acc = dot_cast(p, v, PRECISION, acc * kept[:, None])
-                acc = dot_cast(other_p, other_v, PRECISION, acc)
+            acc *= kept[:, None]
+            for index in tl.static_range(ROWS):
+                acc = dot_cast(p[index], values[index], PRECISION, acc)
     return acc, anchor(maximum), total, spread_total
 
 

@@ -224,6 +224,18 @@ def line_steps(query_position, key_position, QUERIES_FIRST: tl.constexpr):
 
 
 @triton.jit
+def _around_loop(steps, loop, SCALE: tl.constexpr):
+    """``(side, distance)`` of keys on a closed line: which arc sees a key, and the steps to it the shorter way round.
+
+    Half a loop away the sign of steps changes sides: ``step * (|step| - L/2)`` is negative on the forward arc, positive
+    on the backward arc, and zero on both ends, which belong to both. SCALE, a power of two, multiplies it.
+    """
+    half = loop.to(tl.float32) * 0.5
+    beyond = tl.abs(steps) * SCALE - half * SCALE
+    return steps * beyond, half - tl.abs(beyond) * (1.0 / SCALE)
+
+
+@triton.jit
 def arcs(steps, loop, max_step, FORM: tl.constexpr):
     """What the two arcs of a loop see, and the squared distance in steps: ``(forward, backward, squared)``.
 
@@ -231,14 +243,9 @@ def arcs(steps, loop, max_step, FORM: tl.constexpr):
     the caller's to ensure. Multiply ``squared`` by `squared_step` for rho^2.
     """
     if FORM == CLOSED:
-        # Half a loop away the sign of steps changes sides: step * (|step| - L/2) is negative on the forward arc,
-        # positive on the backward arc and zero on both ends, which belong to both.
-        half = loop.to(tl.float32) * 0.5
-        beyond = tl.abs(steps) - half
-        side = steps * beyond
+        side, distance = _around_loop(steps, loop, 1.0)
         forward = side <= 0
         backward = side >= 0
-        distance = half - tl.abs(beyond)
     elif FORM == OPEN_PAST:
         near = tl.minimum(loop // 2, max_step).to(tl.float32)
         far = (loop - loop // 2).to(tl.float32)
@@ -256,10 +263,7 @@ def arcs(steps, loop, max_step, FORM: tl.constexpr):
 def arc_ceilings(steps, loop):
     """`arcs` of a closed line without comparisons: ``(forward, backward, squared)``, where an exponent (base 2) that is
     cut to ``forward`` stays as it is, or infinite, where the arc sees the key, and gives zero elsewhere."""
-    half = loop.to(tl.float32) * 0.5
-    beyond = tl.abs(steps) * 4096.0 - half * 4096.0
-    side = steps * beyond  # at least 2048 from zero, or zero at the ends of the arcs
-    distance = half - tl.abs(beyond) * (1.0 / 4096.0)
+    side, distance = _around_loop(steps, loop, 4096.0)  # at least 2048 from zero, or zero at the ends of the arcs
     return 1024.0 - side, 1024.0 + side, distance * distance
 
 
@@ -267,8 +271,7 @@ def arc_ceilings(steps, loop):
 def strand(steps, loop, max_step, FORM: tl.constexpr):
     """What a spiral sees along its strand, and the squared distance in steps: ``(visible, squared)``; see `arcs`."""
     if FORM == CLOSED:
-        half = loop.to(tl.float32) * 0.5
-        distance = half - tl.abs(tl.abs(steps) - half)
+        _, distance = _around_loop(steps, loop, 1.0)
         visible = tl.full(steps.shape, True, tl.int1)
     elif FORM == OPEN_PAST:
         distance = steps

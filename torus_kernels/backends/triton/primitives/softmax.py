@@ -44,42 +44,30 @@ def spread(exponentials, exponents):
 
 
 @triton.jit
-def accumulate(scores, offset, maximum, total, spread_total, WITH_SPREAD: tl.constexpr):
-    """One block of a softmax that goes on over blocks, from ``(-inf, 0, 0)``.
+def accumulate(scores, offsets, maximum, total, spread_total, BLOCKS: tl.constexpr, WITH_SPREAD: tl.constexpr):
+    """A step of a softmax that goes on over blocks, from ``(-inf, 0, 0)``: BLOCKS of one size at once, in tuples.
 
-    ``offset`` is added to the scores: a number or one for each row ``[BLOCK_M]``. Returns the block's exponentials,
-    what sums of earlier ones are to be multiplied by, and the three, updated.
+    A block's offset is added to its scores: a number or one for each row ``[BLOCK_M]``. Returns the blocks'
+    exponentials, what sums of earlier ones are to be multiplied by, and the three, updated.
     """
-    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) + offset)
+    new_maximum = maximum
+    for block in tl.static_range(BLOCKS):
+        new_maximum = tl.maximum(new_maximum, tl.max(scores[block], axis=1) + offsets[block])
     anchored = anchor(new_maximum)
-    exponents = scores + (offset - anchored)[:, None]
-    exponentials = tl.exp2(exponents)
     kept = tl.exp2(maximum - anchored)
+    exponentials = ()
     if WITH_SPREAD:
-        spread_total = kept * (spread_total + total * (anchor(maximum) - anchored)) + spread(exponentials, exponents)
-    total = kept * total + tl.sum(exponentials, axis=1)
+        spread_total = kept * (spread_total + total * (anchor(maximum) - anchored))
+    for block in tl.static_range(BLOCKS):
+        exponents = scores[block] + (offsets[block] - anchored)[:, None]
+        exponentials += (tl.exp2(exponents),)
+        if WITH_SPREAD:
+            spread_total += spread(exponentials[block], exponents)
+    added = exponentials[0]
+    for block in tl.static_range(1, BLOCKS):
+        added += exponentials[block]
+    total = kept * total + tl.sum(added, axis=1)
     return exponentials, kept, new_maximum, total, spread_total
-
-
-@triton.jit
-def accumulate_two(
-    scores, offset, other_scores, other_offset, maximum, total, spread_total, WITH_SPREAD: tl.constexpr
-):
-    """`accumulate` of two blocks of one size at once, each with its offset: the exponentials of both, then the rest."""
-    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) + offset)
-    new_maximum = tl.maximum(new_maximum, tl.max(other_scores, axis=1) + other_offset)
-    anchored = anchor(new_maximum)
-    exponents = scores + (offset - anchored)[:, None]
-    other_exponents = other_scores + (other_offset - anchored)[:, None]
-    exponentials = tl.exp2(exponents)
-    other_exponentials = tl.exp2(other_exponents)
-    kept = tl.exp2(maximum - anchored)
-    if WITH_SPREAD:
-        spread_total = kept * (spread_total + total * (anchor(maximum) - anchored)) + (
-            spread(exponentials, exponents) + spread(other_exponentials, other_exponents)
-        )
-    total = kept * total + tl.sum(exponentials + other_exponentials, axis=1)
-    return exponentials, other_exponentials, kept, new_maximum, total, spread_total
 
 
 @triton.jit
