@@ -15,8 +15,12 @@ from .primitives.lattice import cross_window
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of the tensors' device; for tensors on the CPU, under the interpreter, an early one."""
-    return (8, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+    """Compute capability that configurations go by: that of the tensors' device, or an early one where it has neither
+    wgmma nor more shared memory than those had; for tensors on the CPU, under the interpreter, an early one too."""
+    if device.type == "cpu":
+        return 8, 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return (8, 9) if major == 12 else (major, minor)
 
 
 @functools.cache
