@@ -13,13 +13,14 @@ import triton.language as tl
 
 from ..primitives.lattice import CAUSAL, CYLINDER, NUM_STREAMS, oldest_key
 from ..primitives.parts import dot_parts, load_parts, scaled_parts, store_parts, twice_to_parts, zero_parts
-from ..primitives.softmax import LOG2E, bias_slope
+from ..primitives.softmax import LOG2E, bias_slope, masked
 from ..primitives.tiles import gate_rows, hidden_zero
 from ..primitives.window import (
     across_along,
+    between,
     bias_along,
-    in_sight,
     memory_of,
+    near_token,
     sites_exist,
     tile_sites,
     tokens_on_axis,
@@ -105,11 +106,12 @@ def _row_gradients(
     k_base, v_base = base_of(operands.k, batch, kv_head), base_of(operands.v, batch, kv_head)
     lse, gate = load_stream(operands, batch, head, heads, seq_len, token, valid, FLOW, STREAMS, GATES)
     decay = tl.load(operands.decay + head * NUM_STREAMS + FLOW)
-    oldest = token
+    newest = token.to(tl.int32)
+    oldest = newest
     if TOPOLOGY == CAUSAL:
-        oldest = memory_of(token, n_major, n_minor)
+        oldest = memory_of(newest, n_major, n_minor)
         if HAS_FIRST_KEY:
-            oldest = tl.maximum(oldest, oldest_key(operands.first_key, batch, token, valid, seq_len))
+            oldest = tl.maximum(oldest, oldest_key(operands.first_key, batch, token, valid, seq_len)).to(tl.int32)
     across_begin, across_end, along_begin, along_end = walk(
         first_row, num_rows, -a_hi, -a_lo, -b_hi, -b_lo, TOPOLOGY, BY_ROWS, TILE_U, TILE_V
     )
@@ -148,8 +150,8 @@ def _row_gradients(
                                BLOCK_D, PARTS)
                 scores = dot_parts(q, k, PARTS, PRECISION) * (scale * LOG2E) + along_bias  # [BLOCK_M, BLOCK_N]
                 if TOPOLOGY == CAUSAL:
-                    seen = in_sight((across_token + along_token)[None, :], token[:, None], oldest[:, None], seq_len)
-                    scores = tl.where(seen, scores, float("-inf"))
+                    place = near_token(across_token)
+                    scores = masked(scores, between(near_token(along_token), oldest - place, newest - place))
                 apart_across = across_site - across
                 across_bias = bias_along(apart_across, across_lo, across_hi, bias_slope(decay, across_unit))
                 probs = tl.exp2(scores + (across_bias - lse)[:, None])

@@ -12,13 +12,14 @@ import triton.language as tl
 
 from ..primitives.lattice import CAUSAL, CYLINDER, NUM_STREAMS, PERIODIC, oldest_key
 from ..primitives.parts import cast_to_parts, dot_parts, load_parts, scaled_parts, store_parts, zero_parts
-from ..primitives.softmax import LOG2E, bias_slope
+from ..primitives.softmax import LOG2E, bias_slope, masked
 from ..primitives.tiles import hidden_zero
 from ..primitives.window import (
     across_along,
+    between,
     bias_along,
-    in_sight,
-    memory_of,
+    memory,
+    near_token,
     sites_exist,
     tile_sites,
     tokens_on_axis,
@@ -74,11 +75,12 @@ def _add_gradients(
                 delta, lse, gate, _ = load_row_numbers(numbers, valid, ALL_EXIST)
                 scores = dot_parts(k, q, PARTS, PRECISION) * (scale * LOG2E) + along_bias  # [BLOCK_N, BLOCK_M]
                 if TOPOLOGY == CAUSAL:
-                    oldest = memory_of(token, n_major, n_minor)
+                    first = near_token(key_token) - near_token(across_token)
+                    seen = between(near_token(along_token), first, first + memory(n_major, n_minor))
                     if HAS_FIRST_KEY:
-                        oldest = tl.maximum(oldest, oldest_key(operands.first_key, batch, token, valid, seq_len))
-                    seen = in_sight(key_token[:, None], token[None, :], oldest[None, :], seq_len)
-                    scores = tl.where(seen, scores, float("-inf"))
+                        oldest = oldest_key(operands.first_key, batch, token, valid, seq_len)
+                        seen = seen & (key_token[:, None] >= oldest[None, :])
+                    scores = masked(scores, seen)
                 across_bias = bias_along(across - across_site, across_lo, across_hi, bias_slope(decay, across_unit))
                 # Of a query that is not there the log-sum-exp is infinite.
                 weighted = gate[None, :] * tl.exp2(scores + across_bias[:, None] - lse[None, :])

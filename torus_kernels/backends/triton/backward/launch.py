@@ -30,6 +30,7 @@ class Blocks(NamedTuple):
     num_warps: int
     num_stages: int
     summed: int = 1  # blocks of keys in a step of the sweep for ``delta``, queries first
+    parts: int = 1  # of the channels, each with sums of its own
 
 
 class LineLaunch(NamedTuple):
@@ -78,8 +79,12 @@ def _alike(limit: int, by_queries: Blocks, by_keys: Blocks):
 # keys first, of loops and of spirals. Chosen among those that compile without spills, by instructions per score.
 _LINES = {
     (True, 64): (64, (Blocks(64, 32, 4, 2, 2), Blocks(64, 128, 8, 2)), (Blocks(64, 64, 4, 2), Blocks(64, 128, 8, 2))),
-    (True, 128): _alike(32, Blocks(64, 32, 4, 1), Blocks(32, 64, 4, 1)),
-    (True, 256): _alike(16, Blocks(16, 32, 4, 3), Blocks(32, 32, 8, 1)),
+    (True, 128): (
+        32,
+        (Blocks(64, 64, 4, 1, parts=2), Blocks(32, 64, 4, 1, parts=2)),
+        (Blocks(64, 64, 4, 2, parts=2), Blocks(32, 64, 4, 2, parts=2)),
+    ),
+    (True, 256): _alike(16, Blocks(32, 32, 4, 2, parts=4), Blocks(32, 32, 4, 1, parts=4)),
     (False, 64): _alike(32, Blocks(32, 32, 4, 2), Blocks(16, 32, 4, 2)),
     (False, 128): _alike(16, Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1)),
     (False, 256): _alike(16, Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
@@ -87,22 +92,17 @@ _LINES = {
 # Where mma.sync needs more registers than wgmma.
 _EARLY_LINES = {
     (True, 64): _alike(64, Blocks(64, 32, 4, 2, 2), Blocks(64, 128, 8, 2)),
-    (True, 128): _alike(32, Blocks(32, 32, 2, 1), Blocks(64, 64, 8, 1)),
+    (True, 128): _alike(32, Blocks(64, 32, 4, 2, parts=2), Blocks(64, 64, 8, 1)),
 }
 # By the first blocks of queries, those that share the cost of a block of keys where lines are long enough.
-_LONG_LINES = {
-    Blocks(64, 32, 4, 2, 2): Blocks(128, 32, 8, 2, 2), Blocks(64, 64, 4, 2): Blocks(128, 64, 8, 2),
-    Blocks(32, 32, 2, 1): Blocks(128, 32, 8, 1),
-}
+_LONG_LINES = {Blocks(64, 32, 4, 2, 2): Blocks(128, 32, 8, 2, 2), Blocks(64, 64, 4, 2): Blocks(128, 64, 8, 2)}
 
 
 def _fills_long_blocks(families: tuple[LineFamily, ...], by_queries: Blocks) -> bool:
-    """Whether `_LONG_LINES` has blocks for lines that leave hardly a row of them idle. Where time is open, more queries
-    to a block are more scores that nobody sees: they pay only for blocks that are very small otherwise."""
+    """Whether `_LONG_LINES` has blocks for lines, which leave no row of them idle. Where time is open, more queries to
+    a block are more scores that nobody sees."""
     return by_queries in _LONG_LINES and all(
-        family.length >= 128 if by_queries.block_m < 64
-        else family.form != OPEN_PAST.value and family.length % 128 == 0
-        for family in families
+        family.form != OPEN_PAST.value and family.length % 128 == 0 for family in families
     )
 
 
@@ -113,8 +113,8 @@ def _fitting(blocks: Blocks, walks_queries: bool, longest: int, dtype: torch.dty
     num_warps = blocks.num_warps if dtype == torch.float32 else max(1, blocks.num_warps // share)
     step = block_m if walks_queries else block_n
     if longest <= step:
-        return Blocks(block_m, block_n, num_warps, 1)
-    return Blocks(block_m, block_n, num_warps, blocks.num_stages, blocks.summed)
+        return Blocks(block_m, block_n, num_warps, 1, parts=blocks.parts)
+    return blocks._replace(block_m=block_m, block_n=block_n, num_warps=num_warps)
 
 
 def _long_launch(
@@ -151,8 +151,8 @@ def line_launches(
             past = family.form == OPEN_PAST.value
             if dtype == torch.float32 and not past and capability >= (9, 0):
                 by_queries = by_queries._replace(num_stages=1)  # a second block of keys takes the registers
-            if group > 1 or (loops and past and capability >= (9, 0)):
-                # Sums over heads, or comparisons of time, take the registers of larger tiles.
+            if group > 1:
+                # Sums over heads take the registers of larger tiles.
                 by_keys = by_keys._replace(block_m=min(by_keys.block_m, 32))
             long.setdefault((by_queries, by_keys), []).append(family)
     launches += [_long_launch(tuple(members), *blocks, dtype) for blocks, members in long.items()]
@@ -164,8 +164,10 @@ def cross_launches(
 ) -> tuple[CrossLaunch, CrossLaunch]:
     """Tiles of queries and tiles of keys: 16 sites long, and steps as long as a tile with its halo, or half."""
     wide, along, causal = block_d(head_dim), 16, lattice.is_causal
-    across = 1 if wide > 128 else 2 if dtype == torch.float32 else 4
-    limit = 32 if wide <= (128 if dtype != torch.float32 else 64) else 16
+    if dtype == torch.float32:
+        across, limit = 1 if wide > 128 else 2, 32 if wide <= 64 else 16
+    else:
+        across, limit = 2 if wide > 128 else 4, 32
     light = wide <= 64 and dtype != torch.float32
     queries = CrossLaunch(across, along, _power(flow.walked(along), limit), 4, 2 if wide <= 64 else 1)
     keys = queries
@@ -173,30 +175,30 @@ def cross_launches(
         queries = keys = queries._replace(num_stages=1)  # comparisons of time take the registers of a second stage
     if dtype == torch.float32:
         keys = queries._replace(num_warps=8)  # each with half the products to unroll
-        queries = keys if wide > 32 else queries
+        queries = keys if wide > 32 else queries._replace(num_stages=1)
         if wide == 64 and (not causal or capability >= (9, 0)):
             keys = keys._replace(num_warps=4)  # fewer instructions, where there are registers for them
         if group > 1 and capability >= (9, 0):
             keys = keys._replace(num_stages=1)
+    elif wide > 128:
+        queries = keys = queries._replace(num_stages=2, parts=4)  # loads need no registers while they wait
     elif 64 < wide <= 128 and capability >= (9, 0):
+        queries = queries._replace(num_stages=2, parts=2)
         keys = keys._replace(block=16, parts=2)  # a step of 32 spills beside two sums of 128 channels
     elif 64 < wide <= 128:
         queries = queries._replace(block=16, parts=2)
-    elif light and causal and capability < (9, 0):
-        queries = queries._replace(parts=2 if wide == 64 else 1)
-        keys = keys._replace(across=2)  # mma.sync would take more registers than there are
-    elif light and wide == 64 and capability < (9, 0):
+    elif wide == 64 and capability < (9, 0):
         queries = keys = queries._replace(parts=2)
-        if group > 1:
+        if group > 1 and not causal:
             keys = keys._replace(num_stages=3)  # loads need no registers while they wait
-    if light and (capability >= (9, 0) or (group == 1 and lattice.topology != "cylinder")):
+    if light and (capability >= (9, 0) or (group == 1 and lattice.topology == "periodic")):
         keys = keys._replace(pairs=True)  # addresses and barriers of a turn are shared, where there are registers
     return queries, keys
 
 
 def _constants(blocks: Blocks) -> dict[str, int]:
     return {"BLOCK_M": blocks.block_m, "BLOCK_N": blocks.block_n, "num_warps": blocks.num_warps,
-            "num_stages": blocks.num_stages}
+            "num_stages": blocks.num_stages, "PARTS": blocks.parts}
 
 
 def _strided(x: Tensor | None) -> Strided:

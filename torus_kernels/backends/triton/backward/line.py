@@ -7,8 +7,8 @@ import triton.language as tl
 
 from ..primitives.lattice import (
     CAUSAL,
-    CLOSED,
     MINOR,
+    OPEN_BOTH,
     OPEN_PAST,
     arc_ceilings,
     arcs,
@@ -20,7 +20,7 @@ from ..primitives.lattice import (
     strand,
     tokens_along,
 )
-from ..primitives.tiles import load_rows
+from ..primitives.parts import load_parts
 from .operands import base_of
 
 
@@ -50,17 +50,19 @@ def line_base(rows, batch, head, start):
 def queries_of_line(
     operands, batch, head, seq_len, line, shape, begin,
     ARCS: tl.constexpr, TOPOLOGY: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
-    """A block of queries from a position on: ``(token, valid, q, d_out, reach)``. Rows are ``[BLOCK_M, D]``; the steps
-    that a query sees are a vector where packed documents cut them."""
+    """A block of queries from a position on: ``(token, valid, q, d_out, reach)``. Rows ``[BLOCK_M, D]`` are in parts;
+    the steps that a query sees are a vector where packed documents cut them."""
     _, stride, slope, num_lines, length, max_step, _, _, start = shape
     position = begin + tl.arange(0, BLOCK_M)
     valid = position < length
     place = tokens_along(line, position, stride, slope, num_lines, ARCS or TOPOLOGY == CAUSAL)
     token = start + place
-    q = load_rows(line_base(operands.q, batch, head, start), place, valid, operands.q.token, D, BLOCK_D)
-    d_out = load_rows(line_base(operands.d_out, batch, head, start), place, valid, operands.d_out.token, D, BLOCK_D)
+    q = load_parts(line_base(operands.q, batch, head, start), place, valid, operands.q.token, D, BLOCK_D, PARTS)
+    d_out = load_parts(
+        line_base(operands.d_out, batch, head, start), place, valid, operands.d_out.token, D, BLOCK_D, PARTS
+    )
     reach = max_step
     if HAS_FIRST_KEY:
         oldest = oldest_key(operands.first_key, batch, token, valid, seq_len)
@@ -76,8 +78,8 @@ def visibility(
     """Which keys a family's streams see, and the squared distance in steps: ``(visible, partner_visible, squared)``; a
     spiral has no partner. ``on_line``, whether a key is on the line, broadcasts and is asked where it may not be. With
     CEILINGS the first two may be those of `arc_ceilings`: fewer instructions, and more registers at once."""
-    if ARCS and FORM == CLOSED and CEILINGS:
-        visible, partner_visible, squared = arc_ceilings(steps, loop)
+    if ARCS and FORM != OPEN_BOTH and CEILINGS:
+        visible, partner_visible, squared = arc_ceilings(steps, loop, reach, FORM)
         hidden: tl.constexpr = float("-inf")
     else:
         if ARCS:

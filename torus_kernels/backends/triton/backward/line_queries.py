@@ -22,12 +22,12 @@ from ..primitives.lattice import (
     line_steps,
     tokens_along,
 )
+from ..primitives.parts import accumulate_parts, dot_parts, load_parts, scaled_parts, twice_to_parts, zero_parts
 from ..primitives.softmax import LOG2E, bias_slope
-from ..primitives.tiles import dot_transposed, dot_twice, hidden_zero, load_rows, no_sums, partial_sums, total_of
+from ..primitives.tiles import hidden_zero, no_sums, partial_sums, total_of
 from .line import line_base, line_of, queries_of_line, visibility
 from .operands import (
     ROW_NUMBERS,
-    accumulate_rows,
     inverse,
     load_stream,
     partial_of,
@@ -51,7 +51,7 @@ def _tile(
     q, d_out, k_base, v_base, stride_kt, stride_vt, position, lse, partner_lse, decline, partner_decline, reach, begin,
     line, shape, scale,
     ARCS: tl.constexpr, FORM: tl.constexpr, STRAIGHT: tl.constexpr, FULL_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """What a block of keys is to the queries, ``[BLOCK_M, BLOCK_N]`` but for the keys: ``(k, dP, squared steps, P,
     partner's P)``; ``shape`` is that of the line, as of `line_of`."""
@@ -59,14 +59,14 @@ def _tile(
     key_position = begin + tl.arange(0, BLOCK_N)
     key_valid = key_position < length
     key_place = tokens_along(line, key_position, stride, slope, num_lines, STRAIGHT)
-    k = load_rows(k_base, key_place, key_valid, stride_kt, D, BLOCK_D)  # [BLOCK_N, D]
-    v = load_rows(v_base, key_place, key_valid, stride_vt, D, BLOCK_D)
-    products = dot_transposed(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
-    d_probs = dot_transposed(d_out, v, PRECISION)
+    k = load_parts(k_base, key_place, key_valid, stride_kt, D, BLOCK_D, PARTS)  # [BLOCK_N, D]
+    v = load_parts(v_base, key_place, key_valid, stride_vt, D, BLOCK_D, PARTS)
+    products = dot_parts(q, k, PARTS, PRECISION)  # [BLOCK_M, BLOCK_N]
+    d_probs = dot_parts(d_out, v, PARTS, PRECISION)
     # Counted from the block, places along its columns are the same for every block.
     steps = line_steps(position - begin, tl.arange(0, BLOCK_N), True)
     visible, partner_visible, squared = visibility(
-        steps, loop, reach, key_valid[None, :], ARCS, FORM, FULL_BLOCKS, q.dtype != tl.float32
+        steps, loop, reach, key_valid[None, :], ARCS, FORM, FULL_BLOCKS, q[0].dtype != tl.float32
     )
     probs = probabilities(products, scale * LOG2E, decline, squared, lse[:, None], visible)
     partner_probs = probs
@@ -83,8 +83,8 @@ def _queries_of_line(
     family, line, block,
     ARCS: tl.constexpr, FORM: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, ONE_TILE: tl.constexpr,
     FULL_BLOCKS: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SUMMED_N: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, SUMMED_N: tl.constexpr,
 ):
     local_head, num_heads = tl.program_id(1), tl.num_programs(1)
     batch, head = (first_head + local_head) // heads, (first_head + local_head) % heads
@@ -100,7 +100,8 @@ def _queries_of_line(
     first_position = block * BLOCK_M
     position = first_position + tl.arange(0, BLOCK_M)
     token, valid, q, d_out, reach = queries_of_line(
-        operands, batch, head, seq_len, line, shape, first_position, ARCS, TOPOLOGY, HAS_FIRST_KEY, D, BLOCK_D, BLOCK_M
+        operands, batch, head, seq_len, line, shape, first_position, ARCS, TOPOLOGY, HAS_FIRST_KEY, D, BLOCK_D, PARTS,
+        BLOCK_M,
     )
     lse, gate = load_stream(operands, batch, head, heads, seq_len, token, valid, stream, STREAMS, GATES)
     partner_lse = lse
@@ -124,7 +125,7 @@ def _queries_of_line(
     partner_deltas = totals
     decay_sums = totals  # of squared steps times dS
     partner_decay_sums = totals
-    d_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    d_q = zero_parts(BLOCK_M, BLOCK_D, PARTS)
     # Given anew by the first sweep, or where there is one tile inside the loop, before which they must exist.
     delta = tl.zeros([BLOCK_M], tl.float32)
     partner_delta = delta
@@ -133,7 +134,7 @@ def _queries_of_line(
             _k, d_probs, _squared, probs, partner_probs = _tile(
                 q, d_out, k_base, v_base, operands.k.token, operands.v.token, position, lse, partner_lse, decline,
                 partner_decline, reach, begin, line, shape, scale, ARCS, FORM, STRAIGHT, FULL_BLOCKS, PRECISION, D,
-                BLOCK_D, SUMMED_N,
+                BLOCK_D, PARTS, SUMMED_N,
             )
             totals += partial_sums(probs)
             deltas += partial_sums(probs * d_probs)
@@ -147,7 +148,7 @@ def _queries_of_line(
         k, d_probs, squared, probs, partner_probs = _tile(
             q, d_out, k_base, v_base, operands.k.token, operands.v.token, position, lse, partner_lse, decline,
             partner_decline, reach, begin, line, shape, scale, ARCS, FORM, STRAIGHT, FULL_BLOCKS, PRECISION, D, BLOCK_D,
-            BLOCK_N,
+            PARTS, BLOCK_N,
         )
         if ONE_TILE:
             gate, delta = _normalised(gate, partial_sums(probs * d_probs), partial_sums(probs))
@@ -163,7 +164,7 @@ def _queries_of_line(
             )
             partner_decay_sums += partial_sums(squared * partner_d_scores)
             d_scores += partner_d_scores
-        d_q = dot_twice(d_scores, k, PRECISION, d_q)
+        d_q = twice_to_parts(d_scores, k, d_q, PARTS, PRECISION)
 
     position = first_position + hidden_zero(seq_len) + tl.arange(0, BLOCK_M)
     valid = position < length
@@ -175,7 +176,8 @@ def _queries_of_line(
     store_decay_sums(operands, first_head + local_head, first_program + tl.program_id(0), num_programs, stream,
                      unit * total_of(decay_sums), unit * total_of(partner_decay_sums))
     d_q_base = partial_of(operands.d_q, slot, num_heads, local_head, seq_len, D)
-    accumulate_rows(d_q_base + start * D, place, valid, scale * d_q, ACCUMULATE, D, BLOCK_D)
+    d_q = scaled_parts(d_q, scale, PARTS)
+    accumulate_parts(d_q_base + start * D, place, valid, d_q, ACCUMULATE, D, BLOCK_D, PARTS)
 
 
 @triton.jit(do_not_specialize=[
@@ -186,7 +188,7 @@ def lines_by_queries(
     FAMILIES: tl.constexpr, GRID_FAMILIES: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr,
     ONE_TILE: tl.constexpr, FULL_BLOCKS: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr,
     HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUMMED_N: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUMMED_N: tl.constexpr,
 ):
     """One program: a block of queries of one line, for one head.
 
@@ -204,19 +206,19 @@ def lines_by_queries(
             _queries_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_head, first_program,
                 num_programs, slot, family, line, block, False, FORM, TOPOLOGY, STREAMS, ONE_TILE, FULL_BLOCKS,
-                ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, SUMMED_N,
+                ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, BLOCK_M, BLOCK_N, SUMMED_N,
             )
     elif (TOPOLOGY == CYLINDER) & (family == MINOR):
         if TOPOLOGY == CYLINDER and GRID_FAMILIES & 2:
             _queries_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_head, first_program,
                 num_programs, slot, family, line, block, True, CLOSED, TOPOLOGY, STREAMS, ONE_TILE, FULL_BLOCKS,
-                ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, SUMMED_N,
+                ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, BLOCK_M, BLOCK_N, SUMMED_N,
             )
     else:
         if GRID_FAMILIES & 3:
             _queries_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_head, first_program,
                 num_programs, slot, family, line, block, True, FORM, TOPOLOGY, STREAMS, ONE_TILE, FULL_BLOCKS,
-                ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, SUMMED_N,
+                ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, BLOCK_M, BLOCK_N, SUMMED_N,
             )

@@ -22,12 +22,12 @@ from ..primitives.lattice import (
     line_steps,
     tokens_along,
 )
+from ..primitives.parts import accumulate_parts, cast_to_parts, dot_parts, load_parts, zero_parts
 from ..primitives.softmax import LOG2E, bias_slope
-from ..primitives.tiles import dot_cast, dot_transposed, hidden_zero, load_rows
+from ..primitives.tiles import hidden_zero
 from .line import line_base, line_of, queries_of_line, visibility
 from .operands import (
     ROW_NUMBERS,
-    accumulate_rows,
     load_row_numbers,
     partial_of,
     probabilities,
@@ -43,7 +43,7 @@ def _visit(
     operands, batch, head, local_head, seq_len, scale, line, shape, begin, k, v, key_position, d_k, d_v,
     ARCS: tl.constexpr, FORM: tl.constexpr, TOPOLOGY: tl.constexpr, FULL_BLOCKS: tl.constexpr,
     FULL_ROWS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     """What a block of queries of one head adds to ``d_k`` and ``d_v``; ``shape`` is that of the line, as of `line_of`.
 
@@ -51,15 +51,16 @@ def _visit(
     """
     loop, _, _, _, length, _, unit, stream, _ = shape
     token, valid, q, d_out, reach = queries_of_line(
-        operands, batch, head, seq_len, line, shape, begin, ARCS, TOPOLOGY, HAS_FIRST_KEY, D, BLOCK_D, BLOCK_M
+        operands, batch, head, seq_len, line, shape, begin, ARCS, TOPOLOGY, HAS_FIRST_KEY, D, BLOCK_D, PARTS,
+        BLOCK_M,
     )
     if HAS_FIRST_KEY:
         reach = reach[None, :]
-    products = dot_transposed(k, q, PRECISION)  # [BLOCK_N, BLOCK_M]
+    products = dot_parts(k, q, PARTS, PRECISION)  # [BLOCK_N, BLOCK_M]
     # Counted from the block, places along its rows are the same for every block.
     steps = line_steps(tl.arange(0, BLOCK_M), key_position - begin, False)
     visible, partner_visible, squared = visibility(
-        steps, loop, reach, (key_position < length)[:, None], ARCS, FORM, FULL_BLOCKS, k.dtype != tl.float32
+        steps, loop, reach, (key_position < length)[:, None], ARCS, FORM, FULL_BLOCKS, k[0].dtype != tl.float32
     )
     numbers = row_numbers_of(operands, local_head, seq_len, token, stream)
     decay = operands.decay + head * NUM_STREAMS + stream
@@ -74,9 +75,9 @@ def _visit(
         partner_probs = probabilities(
             products, scale * LOG2E, bias_slope(tl.load(decay + 1), unit), squared, lse[None, :], partner_visible
         )
-    d_probs = dot_transposed(v, d_out, PRECISION)
+    d_probs = dot_parts(v, d_out, PARTS, PRECISION)
     weighted = gate[None, :] * probs
-    if ARCS and k.dtype != tl.float32:
+    if ARCS and k[0].dtype != tl.float32:
         # Fewer instructions than below, and more registers at once.
         weighted += partner_gate[None, :] * partner_probs
         d_scores = weighted * d_probs - (gated_delta[None, :] * probs + partner_gated_delta[None, :] * partner_probs)
@@ -86,8 +87,8 @@ def _visit(
             partner_weighted = partner_gate[None, :] * partner_probs
             weighted += partner_weighted
             d_scores += partner_weighted * (d_probs - partner_delta[None, :])
-    d_v = dot_cast(weighted, d_out, PRECISION, d_v)
-    d_k = dot_cast(d_scores, q, PRECISION, d_k)
+    d_v = cast_to_parts(weighted, d_out, d_v, PARTS, PRECISION)
+    d_k = cast_to_parts(d_scores, q, d_k, PARTS, PRECISION)
     return d_k, d_v
 
 
@@ -98,7 +99,7 @@ def _keys_of_line(
     ARCS: tl.constexpr, FORM: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, WHOLE_LINE: tl.constexpr,
     GROUPED: tl.constexpr, FULL_BLOCKS: tl.constexpr, FULL_ROWS: tl.constexpr, FAMILIES: tl.constexpr,
     ACCUMULATE: tl.constexpr, GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     local_pair, num_pairs = tl.program_id(1), tl.num_programs(1)
     kv_heads = heads // group
@@ -110,14 +111,15 @@ def _keys_of_line(
     key_position = first_key_position + tl.arange(0, BLOCK_N)
     key_valid = key_position < length
     key_place = tokens_along(line, key_position, stride, slope, num_lines, ARCS or TOPOLOGY == CAUSAL)
-    k = load_rows(line_base(operands.k, batch, kv_head, start), key_place, key_valid, operands.k.token, D, BLOCK_D)
-    v = load_rows(line_base(operands.v, batch, kv_head, start), key_place, key_valid, operands.v.token, D, BLOCK_D)
+    k_base, v_base = line_base(operands.k, batch, kv_head, start), line_base(operands.v, batch, kv_head, start)
+    k = load_parts(k_base, key_place, key_valid, operands.k.token, D, BLOCK_D, PARTS)
+    v = load_parts(v_base, key_place, key_valid, operands.v.token, D, BLOCK_D, PARTS)
     if WHOLE_LINE:
         # The sums need not live in registers while the tile is computed.
         d_k, d_v, decay_sum, partner_decay_sum = visit_whole_line(
             operands, batch, kv_head, heads, local_pair, seq_len, scale, family, num_pairs, line, shape, k, v,
             key_position, ARCS, FORM, TOPOLOGY, STREAMS, FULL_BLOCKS, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY,
-            PRECISION, D, BLOCK_D, BLOCK_M,
+            PRECISION, D, BLOCK_D, PARTS, BLOCK_M, BLOCK_N,
         )
         # What follows from the line's family is computed anew: it need not be held meanwhile.
         zero = hidden_zero(seq_len)
@@ -128,8 +130,8 @@ def _keys_of_line(
         store_decay_sums(operands, first_pair + local_pair, first_program + tl.program_id(0), num_programs, stream,
                          unit * decay_sum, unit * partner_decay_sum)
     else:
-        d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        d_k = zero_parts(BLOCK_N, BLOCK_D, PARTS)
+        d_v = zero_parts(BLOCK_N, BLOCK_D, PARTS)
         if FORM == OPEN_PAST:
             query_begin = first_key_position
             query_end = tl.minimum(length, first_key_position + BLOCK_N + max_step)
@@ -141,15 +143,15 @@ def _keys_of_line(
                 d_k, d_v = _visit(
                     operands, batch, kv_head * group + member, local_pair * group + member, seq_len, scale, line, shape,
                     begin, k, v, key_position, d_k, d_v, ARCS, FORM, TOPOLOGY, FULL_BLOCKS, FULL_ROWS, HAS_FIRST_KEY,
-                    PRECISION, D, BLOCK_D, BLOCK_M,
+                    PRECISION, D, BLOCK_D, PARTS, BLOCK_M,
                 )
     key_position = first_key_position + hidden_zero(seq_len) + tl.arange(0, BLOCK_N)
     key_place = tokens_along(line, key_position, stride, slope, num_lines, ARCS or TOPOLOGY == CAUSAL)
     slot = slot_of(family, FAMILIES)
     d_k_base = partial_of(operands.d_k, slot, num_pairs, local_pair, seq_len, D)
     d_v_base = partial_of(operands.d_v, slot, num_pairs, local_pair, seq_len, D)
-    accumulate_rows(d_k_base + start * D, key_place, key_position < length, d_k, ACCUMULATE, D, BLOCK_D)
-    accumulate_rows(d_v_base + start * D, key_place, key_position < length, d_v, ACCUMULATE, D, BLOCK_D)
+    accumulate_parts(d_k_base + start * D, key_place, key_position < length, d_k, ACCUMULATE, D, BLOCK_D, PARTS)
+    accumulate_parts(d_v_base + start * D, key_place, key_position < length, d_v, ACCUMULATE, D, BLOCK_D, PARTS)
 
 
 @triton.jit(do_not_specialize=[
@@ -160,7 +162,7 @@ def lines_by_keys(
     FAMILIES: tl.constexpr, GRID_FAMILIES: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr,
     WHOLE_LINE: tl.constexpr, GROUPED: tl.constexpr, FULL_BLOCKS: tl.constexpr, FULL_ROWS: tl.constexpr,
     ACCUMULATE: tl.constexpr, GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """One program: a block of keys of one line, for one key/value head and the query heads that read it.
 
@@ -177,22 +179,22 @@ def lines_by_keys(
             _keys_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program,
                 num_programs, family, line, block, False, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, GROUPED,
-                FULL_BLOCKS, FULL_ROWS, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M,
-                BLOCK_N,
+                FULL_BLOCKS, FULL_ROWS, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS,
+                BLOCK_M, BLOCK_N,
             )
     elif (TOPOLOGY == CYLINDER) & (family == MINOR):
         if TOPOLOGY == CYLINDER and GRID_FAMILIES & 2:
             _keys_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program,
                 num_programs, family, line, block, True, CLOSED, TOPOLOGY, STREAMS, WHOLE_LINE, GROUPED,
-                FULL_BLOCKS, FULL_ROWS, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M,
-                BLOCK_N,
+                FULL_BLOCKS, FULL_ROWS, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS,
+                BLOCK_M, BLOCK_N,
             )
     else:
         if GRID_FAMILIES & 3:
             _keys_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program,
                 num_programs, family, line, block, True, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, GROUPED,
-                FULL_BLOCKS, FULL_ROWS, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, BLOCK_M,
-                BLOCK_N,
+                FULL_BLOCKS, FULL_ROWS, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS,
+                BLOCK_M, BLOCK_N,
             )

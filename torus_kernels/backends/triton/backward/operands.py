@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..primitives.lattice import NUM_STREAMS
+from ..primitives.parts import add_slots
 from ..primitives.softmax import LOG2E
-from ..primitives.tiles import load_rows, store_rows
 
 ROW_NUMBERS = tl.constexpr(4)
 """Floats that query rows keep of each stream between kernels: see `store_row_numbers`."""
@@ -163,33 +163,14 @@ def partial_of(workspace, slot, count, local, seq_len, D: tl.constexpr):
 
 
 @triton.jit
-def _part_of_slot(
-    workspace, slot, count, local, seq_len, token, valid, PART: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
-):
-    """A part of the rows that a launch left, ``[BLOCK, WIDTH]``."""
-    base = partial_of(workspace, slot, count, local, seq_len, D) + PART * WIDTH
-    return load_rows(base, token, valid, D, D - PART * WIDTH, WIDTH)
-
-
-@triton.jit
 def add_partials(
     parts, workspace, count, local, seq_len, token, valid, NUM_SLOTS: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):
-    """Rows in parts, and what earlier launches left for them in the first slots, added in the order of those."""
-    WIDTH: tl.constexpr = BLOCK_D // PARTS
-    added = ()
-    for part in tl.static_range(PARTS):
-        rows = parts[part]
-        if BLOCK_D > 64:
-            # One slot after the other: all at once they take the registers of a row each.
-            for slot in range(NUM_SLOTS):
-                rows += _part_of_slot(workspace, slot, count, local, seq_len, token, valid, part, D, WIDTH)
-        else:
-            for slot in tl.static_range(NUM_SLOTS):
-                rows += _part_of_slot(workspace, slot, count, local, seq_len, token, valid, part, D, WIDTH)
-        added += (rows,)
-    return added
+    """Rows in parts, and what earlier launches left for them in the first slots."""
+    base = partial_of(workspace, 0, count, local, seq_len, D)
+    slot_size = count.to(tl.int64) * seq_len * D
+    return add_slots(parts, base, slot_size, token, valid, NUM_SLOTS, D, BLOCK_D, PARTS)
 
 
 @triton.jit
@@ -200,14 +181,6 @@ def slot_of(family, FAMILIES: tl.constexpr):
         if (FAMILIES >> candidate) & 1:
             slot += (candidate < family).to(tl.int32)
     return slot
-
-
-@triton.jit
-def accumulate_rows(base, token, valid, rows, ACCUMULATE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Writes rows ``[BLOCK, BLOCK_D]`` to a workspace, on top of what is there where ACCUMULATE."""
-    if ACCUMULATE:
-        rows += load_rows(base, token, valid, D, D, BLOCK_D)
-    store_rows(base, token, valid, D, rows, D, BLOCK_D)
 
 
 @triton.jit

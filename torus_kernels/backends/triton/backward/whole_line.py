@@ -9,12 +9,19 @@ import triton
 import triton.language as tl
 
 from ..primitives.lattice import CAUSAL, NUM_STREAMS, line_steps, tokens_along
+from ..primitives.parts import (
+    accumulate_parts,
+    cast_to_parts,
+    dot_parts,
+    scaled_parts,
+    twice_to_parts,
+    zero_parts,
+)
 from ..primitives.softmax import LOG2E, bias_slope
-from ..primitives.tiles import dot_cast, dot_transposed, dot_twice, hidden_zero
+from ..primitives.tiles import hidden_zero
 from .line import queries_of_line, visibility
 from .operands import (
     ROW_NUMBERS,
-    accumulate_rows,
     inverse,
     load_stream,
     partial_of,
@@ -45,7 +52,8 @@ def visit_whole_line(
     operands, batch, head, heads, local_head, seq_len, scale, family, num_heads, line, shape, k, v, key_position,
     ARCS: tl.constexpr, FORM: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FULL_BLOCKS: tl.constexpr,
     FAMILIES: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Writes the gradient of the queries of one head; ``(d_k, d_v)`` and each stream's ``sum rho^2 dS``.
 
@@ -55,12 +63,12 @@ def visit_whole_line(
     """
     loop, stride, slope, num_lines, length, _, unit, stream, start = shape
     token, valid, q, d_out, reach = queries_of_line(
-        operands, batch, head, seq_len, line, shape, 0, ARCS, TOPOLOGY, HAS_FIRST_KEY, D, BLOCK_D, BLOCK_M
+        operands, batch, head, seq_len, line, shape, 0, ARCS, TOPOLOGY, HAS_FIRST_KEY, D, BLOCK_D, PARTS, BLOCK_M
     )
     if HAS_FIRST_KEY:
         reach = reach[:, None]
     position = tl.arange(0, BLOCK_M)
-    products = dot_transposed(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
+    products = dot_parts(q, k, PARTS, PRECISION)  # [BLOCK_M, BLOCK_N]
     visible, partner_visible, squared = visibility(
         line_steps(position, key_position, True), loop, reach, (key_position < length)[None, :], ARCS, FORM,
         FULL_BLOCKS, False,
@@ -76,7 +84,7 @@ def visit_whole_line(
         partner_probs = probabilities(
             products, scale * LOG2E, bias_slope(tl.load(decay + 1), unit), squared, lse[:, None], partner_visible
         )
-    d_probs = dot_transposed(d_out, v, PRECISION)
+    d_probs = dot_parts(d_out, v, PARTS, PRECISION)
     if ARCS:
         partner_delta, partner_gate, partner_decay_sum = _row_sums(
             partner_probs, d_probs, squared, partner_gate, numbers + ROW_NUMBERS, valid
@@ -92,13 +100,15 @@ def visit_whole_line(
         d_scores += partner_weighted * (d_probs - partner_delta[:, None])
     # The gradient that takes the score gradients twice comes first, and is written before the others are made: they
     # need the score gradients only rounded.
-    weighted = weighted.to(k.dtype)
-    d_q = scale * dot_twice(d_scores, k, PRECISION, None, True)  # [BLOCK_M, D]
+    weighted = weighted.to(k[0].dtype)
+    d_q = twice_to_parts(d_scores, k, zero_parts(BLOCK_M, BLOCK_D, PARTS), PARTS, PRECISION, True)  # [BLOCK_M, D]
     zero = hidden_zero(seq_len)
     position = zero + tl.arange(0, BLOCK_M)
     place = tokens_along(line, position, stride, slope, num_lines, ARCS or TOPOLOGY == CAUSAL)
     d_q_base = partial_of(operands.d_q, slot_of(family + zero, FAMILIES), num_heads, local_head, seq_len, D)
-    accumulate_rows(d_q_base + start * D, place, position < length, d_q, ACCUMULATE, D, BLOCK_D)
-    d_v = dot_cast(tl.trans(weighted), d_out, PRECISION)
-    d_k = dot_cast(tl.trans(d_scores.to(k.dtype)), q, PRECISION)
+    d_q = scaled_parts(d_q, scale, PARTS)
+    accumulate_parts(d_q_base + start * D, place, position < length, d_q, ACCUMULATE, D, BLOCK_D, PARTS)
+    nothing = zero_parts(BLOCK_N, BLOCK_D, PARTS)
+    d_v = cast_to_parts(tl.trans(weighted), d_out, nothing, PARTS, PRECISION)
+    d_k = cast_to_parts(tl.trans(d_scores.to(k[0].dtype)), q, nothing, PARTS, PRECISION)
     return d_k, d_v, decay_sum, partner_decay_sum

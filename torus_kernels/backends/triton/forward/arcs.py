@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..primitives.lattice import folded_steps, on_line, tokens_along
-from ..primitives.softmax import anchor, mixing, spread
+from ..primitives.softmax import masked, mixed, mixing, spread
 from ..primitives.tiles import dot_cast, dot_transposed, load_rows
 
 
@@ -29,26 +29,23 @@ def _half_tokens(
 
 
 @triton.jit
-def _exchange(offset, column):
-    """``(near, ends)``: where the forward key is in the query's own half, and where the arcs' steps are 0 and H."""
-    wide = column.to(tl.float32)
-    return offset[:, None] >= wide[None, :], offset[:, None] == wide[None, :]
+def _nearer(offset, column):
+    """What the nearer column's key is to the query: ``(forward, backward, own)``, see `folded_steps`."""
+    query, key = offset[:, None], column[None, :]
+    return query > key, query < key, query == key
 
 
 @triton.jit
-def forward_bias(offset, column, loop, decline):
-    """Bias ``[BLOCK_M, columns]`` of the forward arc, -inf where there is no key."""
+def arc_biases(offset, column, loop, decline, partner_decline, EVEN: tl.constexpr):
+    """Biases ``[BLOCK_M, columns]`` of the forward and of the backward arc, -inf where there is no key."""
     half = (loop // 2).to(tl.float32)
-    step = folded_steps(offset, column, half)
-    return tl.where((column < half)[None, :], -decline * (step * step), float("-inf"))
-
-
-@triton.jit
-def backward_bias(offset, column, loop, decline):
-    """The same of the backward arc."""
-    half = (loop // 2).to(tl.float32)
-    behind = half - folded_steps(offset, column, half)
-    return tl.where((column < half)[None, :], -decline * (behind * behind), float("-inf"))
+    steps, partner_steps = folded_steps(offset, column, half)
+    bias = -decline * (steps * steps)
+    partner_bias = -partner_decline * (partner_steps * partner_steps)
+    if not EVEN:
+        exists = (column < half)[None, :]
+        bias, partner_bias = masked(bias, exists), masked(partner_bias, exists)
+    return bias, partner_bias
 
 
 @triton.jit
@@ -58,8 +55,23 @@ def _product_with_keys(q, k_base, token, valid, stride_kt, D: tl.constexpr, BLOC
 
 
 @triton.jit
+def _softmax(scores, own, bias, scale, WITH_ENTROPY: tl.constexpr):
+    """One arc's ``(exponentials, own key's, maximum, total, spread)``; the bias of the query's ``own`` key is zero."""
+    exponents = scores * scale + bias
+    maximum = tl.maximum(tl.max(exponents, axis=1), own)
+    exponents -= maximum[:, None]
+    p = tl.exp2(exponents)
+    p_own = tl.exp2(own - maximum)
+    total = tl.sum(p, axis=1) + p_own
+    spread_total = total
+    if WITH_ENTROPY:
+        spread_total = spread(p, exponents) + tl.where(p_own > 0, p_own * (own - maximum), 0.0)
+    return p, p_own, maximum, total, spread_total
+
+
+@triton.jit
 def whole_arcs(
-    q, k_base, v_base, stride_kt, stride_vt, offset, offset_again, bias, partner_bias, decline, gate, partner_gate,
+    q, k_base, v_base, stride_kt, stride_vt, offset, offset_again, bias, partner_bias, gate, partner_gate,
     block_position, column, stride, length, remaining, loop, scale,
     TOPOLOGY: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WITH_ENTROPY: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -67,41 +79,28 @@ def whole_arcs(
     """Both arcs of a line whose half fits one block: their partial sum, then both softmaxes:
     ``(y, maximum, total, spread, partner's maximum, total, spread)``."""
     half = loop // 2
-    near, ends = _exchange(offset, column)
     token0, valid0 = _half_tokens(block_position, column, 0, stride, length, remaining, TOPOLOGY, EVEN)
     token1, valid1 = _half_tokens(block_position, column, half, stride, length, remaining, TOPOLOGY, EVEN)
     scores0 = _product_with_keys(q, k_base, token0, valid0, stride_kt, D, BLOCK_D, PRECISION)
     scores1 = _product_with_keys(q, k_base, token1, valid1, stride_kt, D, BLOCK_D, PRECISION)
-    scores = tl.where(near, scores0, scores1)
-    partner_scores = tl.where(near, scores1, scores0)
-    # The forward arc's last step, H, is the backward arc's first, and the other way round.
-    wide_half = half.to(tl.float32)
-    last = tl.sum(tl.where(ends, partner_scores, 0.0), axis=1) * scale - decline * (wide_half * wide_half)
-    partner_last = tl.sum(tl.where(ends, scores, 0.0), axis=1) * scale
-    exponents = scores * scale + bias
-    maximum = anchor(tl.maximum(tl.max(exponents, axis=1), last))
-    exponents -= maximum[:, None]
-    p = tl.exp2(exponents)
-    p_last = tl.exp2(last - maximum)
-    total = tl.sum(p, axis=1) + p_last
-    partner_exponents = partner_scores * scale + partner_bias
-    partner_maximum = anchor(tl.maximum(tl.max(partner_exponents, axis=1), partner_last))
-    partner_exponents -= partner_maximum[:, None]
-    partner_p = tl.exp2(partner_exponents)
-    partner_p_last = tl.exp2(partner_last - partner_maximum)
-    partner_total = tl.sum(partner_p, axis=1) + partner_p_last
-    spread_total, partner_spread = total, partner_total
-    if WITH_ENTROPY:
-        spread_total = spread(p, exponents) + tl.where(p_last > 0, p_last * (last - maximum), 0.0)
-        partner_spread = spread(partner_p, partner_exponents) + tl.where(
-            partner_p_last > 0, partner_p_last * (partner_last - partner_maximum), 0.0
-        )
-    near, ends = _exchange(offset_again, column)
-    factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, True)
-    forward = p * factor[:, None] + tl.where(ends, (partner_p_last * partner_factor)[:, None], 0.0)
-    backward = partner_p * partner_factor[:, None] + tl.where(ends, (p_last * factor)[:, None], 0.0)
+    forward, backward, own = _nearer(offset, column)
+    own_score = tl.sum(tl.where(own, scores0, 0.0), axis=1) * scale
+    p, p_own, maximum, total, spread_total = _softmax(
+        tl.where(forward, scores0, scores1), own_score, bias, scale, WITH_ENTROPY
+    )
+    partner_p, partner_p_own, partner_maximum, partner_total, partner_spread = _softmax(
+        tl.where(backward, scores0, scores1), own_score, partner_bias, scale, WITH_ENTROPY
+    )
+    NARROW: tl.constexpr = q.dtype == tl.float16
+    factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, True, NARROW)
+    forward, _, own = _nearer(offset_again, column)
+    partner_p *= partner_factor[:, None]
+    # Half a loop away lies one key for both.
+    p = p * factor[:, None] + tl.where(own, partner_p, 0.0)
+    p_own = (p_own * factor + partner_p_own * partner_factor)[:, None]
     v = load_rows(v_base, token0, valid0, stride_vt, D, BLOCK_D)
-    y = dot_cast(tl.where(near, forward, backward), v, PRECISION)
+    y = dot_cast(tl.where(own, p_own, tl.where(forward, p, partner_p)), v, PRECISION)
     v = load_rows(v_base, token1, valid1, stride_vt, D, BLOCK_D)
-    y = dot_cast(tl.where(near, backward, forward), v, PRECISION, y)
-    return y * norm[:, None], maximum, total, spread_total, partner_maximum, partner_total, partner_spread
+    y = dot_cast(tl.where(forward, partner_p, p), v, PRECISION, y)
+    y = mixed((y,), norm, True, NARROW, 1)
+    return y, maximum, total, spread_total, partner_maximum, partner_total, partner_spread

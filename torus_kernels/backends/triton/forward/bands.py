@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from ..primitives.lattice import CLOSED, OPEN_BOTH, OPEN_PAST, on_line, strand, tokens_along
+from ..primitives.parts import cast_to_parts, dot_parts, load_parts, scaled_parts, store_parts, sum_of_parts, zero_parts
 from ..primitives.softmax import accumulate, anchor, masked
-from ..primitives.tiles import dot_cast, dot_transposed, load_rows
+from ..primitives.tiles import hidden_zero
 
 
 @triton.jit
@@ -22,7 +23,7 @@ def _attend(
     num_lines, length, remaining, loop, scale, acc, maximum, total, spread_total,
     STRAIGHT: tl.constexpr, TOPOLOGY: tl.constexpr, FORM: tl.constexpr, AROUND: tl.constexpr, EVEN: tl.constexpr,
     HAS_FIRST_KEY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Goes on with a softmax and its product with V over a band, cut to ``reach`` ``[BLOCK_M]`` steps by packed
     documents; ``AROUND``, over all keys of a closed line, which are near either way round. A stream that is left out
@@ -51,11 +52,11 @@ def _attend(
             position = tl.where(position >= length, position - length, position)
         token = tokens_along(line, position, stride, slope, num_lines, STRAIGHT)
         valid = on_line(position, token, length, remaining, TOPOLOGY, EVEN)
-        k = load_rows(k_base, token, valid, stride_kt, D, BLOCK_D)  # [BLOCK_N, D]
-        v = load_rows(v_base, token, valid, stride_vt, D, BLOCK_D)
+        k = load_parts(k_base, token, valid, stride_kt, D, BLOCK_D, PARTS)  # [BLOCK_N, D]
+        v = load_parts(v_base, token, valid, stride_vt, D, BLOCK_D, PARTS)
         ahead = offset - first * 1.0
         steps = ahead - column
-        scores = dot_transposed(q, k, PRECISION) * scale  # [BLOCK_M, BLOCK_N]
+        scores = dot_parts(q, k, PARTS, PRECISION) * scale  # [BLOCK_M, BLOCK_N]
         if AROUND:
             _, squared = strand(steps, loop, high, FORM)
             scores -= decline * squared
@@ -69,7 +70,7 @@ def _attend(
         p, kept, maximum, total, spread_total = accumulate(
             (scores,), (0.0,), maximum, total, spread_total, 1, WITH_ENTROPY
         )
-        acc = dot_cast(p[0], v, PRECISION, acc * kept[:, None])
+        acc = cast_to_parts(p[0], v, scaled_parts(acc, kept[:, None], PARTS), PARTS, PRECISION)
     return acc, maximum, total, spread_total
 
 
@@ -82,49 +83,66 @@ def _nothing_yet(queries, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def attend_bands(
-    q, k_base, v_base, stride_kt, stride_vt, line, block_position, query_token, query_valid, reach, decline,
-    partner_decline, queries, partner_queries, gate, partner_gate, max_step, stride, slope, num_lines, length,
+    q, k_base, v_base, line_partials, stride_kt, stride_vt, line, block_position, query_token, query_valid, reach,
+    decline, partner_decline, queries, partner_queries, gate, partner_gate, max_step, stride, slope, num_lines, length,
     remaining, loop, scale,
     STRAIGHT: tl.constexpr, TOPOLOGY: tl.constexpr, FORM: tl.constexpr, ARCS: tl.constexpr, EVEN: tl.constexpr,
     HAS_FIRST_KEY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The partial sum of a family's streams, then both softmaxes, a spiral's twice:
-    ``(y, maximum, total, spread, partner's maximum, total, spread)``."""
+    ``(y, maximum, total, spread, partner's maximum, total, spread)``. Of arcs in several PARTS ``y`` is the second's
+    alone, and the first's is left in ``line_partials``."""
     AROUND: tl.constexpr = FORM == CLOSED and not ARCS
     low, high = 0, max_step
     if ARCS and FORM != OPEN_BOTH:
         high = tl.minimum(loop // 2, max_step)
     if not ARCS and FORM == OPEN_BOTH:
         low = -max_step
+    if ARCS and FORM == OPEN_PAST:
+        # For the second arc, but before the first: queries are not held as they were loaded.
+        k = load_parts(k_base, query_token, query_valid, stride_kt, D, BLOCK_D, PARTS)
+        own = tl.zeros([BLOCK_M], tl.float32)
+        for part in tl.static_range(PARTS):
+            own += tl.sum(q[part].to(tl.float32) * k[part].to(tl.float32), axis=1)
+        own *= scale
     maximum, total = _nothing_yet(queries, BLOCK_M)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = zero_parts(BLOCK_M, BLOCK_D, PARTS)
     acc, maximum, total, spread_total = _attend(
         q, k_base, v_base, stride_kt, stride_vt, line, block_position, low, high, reach, decline, queries, stride,
         slope, num_lines, length, remaining, loop, scale, acc, maximum, total, tl.zeros([BLOCK_M], tl.float32),
-        STRAIGHT, TOPOLOGY, FORM, AROUND, EVEN, HAS_FIRST_KEY, BLOCK_M, BLOCK_N, D, BLOCK_D, WITH_ENTROPY, PRECISION,
+        STRAIGHT, TOPOLOGY, FORM, AROUND, EVEN, HAS_FIRST_KEY, BLOCK_M, BLOCK_N, D, BLOCK_D, PARTS, WITH_ENTROPY,
+        PRECISION,
     )
     maximum = anchor(maximum)
-    y = acc * (gate / total)[:, None]
+    y = scaled_parts(acc, (gate / total)[:, None], PARTS)
+    if ARCS:
+        # Computed anew, rows need not be held through the loop.
+        query_position = block_position + hidden_zero(remaining) + tl.arange(0, BLOCK_M)
+        query_token = tokens_along(line, query_position, stride, slope, num_lines, STRAIGHT)
+        query_valid = on_line(query_position, query_token, length, remaining, TOPOLOGY, EVEN)
+    if ARCS and PARTS > 1:
+        # Held beside the sums of the other arc it would be spilled.
+        store_parts(line_partials, query_token, query_valid, D, y, D, BLOCK_D, PARTS)
     partner_maximum, partner_total, partner_spread = maximum, total, spread_total
     if ARCS:
         partner_maximum, partner_total = _nothing_yet(partner_queries, BLOCK_M)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        acc = zero_parts(BLOCK_M, BLOCK_D, PARTS)
         low, high = -high, 0
         if FORM == OPEN_PAST:
             # Time only runs one way: the arc is half a loop and more behind, but for the query's own key.
             low, high = loop - loop // 2, max_step
-            k = load_rows(k_base, query_token, query_valid, stride_kt, D, BLOCK_D).to(tl.float32)
-            v = load_rows(v_base, query_token, query_valid, stride_vt, D, BLOCK_D).to(tl.float32)
-            partner_maximum = tl.sum(q.to(tl.float32) * k, axis=1) * scale
-            partner_total = tl.exp2(partner_maximum - anchor(partner_maximum))
-            acc = v * partner_total[:, None]
+            v = load_parts(v_base, query_token, query_valid, stride_vt, D, BLOCK_D, PARTS)
+            partner_maximum = own
+            partner_total = tl.exp2(own - anchor(own))
+            acc = scaled_parts(v, partner_total[:, None], PARTS)
         acc, partner_maximum, partner_total, partner_spread = _attend(
             q, k_base, v_base, stride_kt, stride_vt, line, block_position, low, high, reach, partner_decline,
             partner_queries, stride, slope, num_lines, length, remaining, loop, scale, acc, partner_maximum,
             partner_total, tl.zeros([BLOCK_M], tl.float32), STRAIGHT, TOPOLOGY, FORM, AROUND, EVEN, HAS_FIRST_KEY,
-            BLOCK_M, BLOCK_N, D, BLOCK_D, WITH_ENTROPY, PRECISION,
+            BLOCK_M, BLOCK_N, D, BLOCK_D, PARTS, WITH_ENTROPY, PRECISION,
         )
         partner_maximum = anchor(partner_maximum)
-        y += acc * (partner_gate / partner_total)[:, None]
+        partner_y = scaled_parts(acc, (partner_gate / partner_total)[:, None], PARTS)
+        y = partner_y if PARTS > 1 else sum_of_parts(y, partner_y, PARTS)
     return y, maximum, total, spread_total, partner_maximum, partner_total, partner_spread

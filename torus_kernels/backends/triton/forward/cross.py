@@ -13,13 +13,24 @@ import triton
 import triton.language as tl
 
 from ..primitives.lattice import CAUSAL, CYLINDER, NUM_STREAMS, oldest_key
-from ..primitives.softmax import accumulate, anchor, bias_slope, write_statistics
-from ..primitives.tiles import dot_cast, dot_transposed, gate_rows, head_of, hidden_zero, load_rows, store_rows
+from ..primitives.parts import (
+    add_slots,
+    cast_to_parts,
+    dot_parts,
+    load_parts,
+    scaled_parts,
+    store_parts,
+    towards,
+    zero_parts,
+)
+from ..primitives.softmax import accumulate, anchor, bias_slope, masked, write_statistics
+from ..primitives.tiles import gate_rows, head_of, hidden_zero
 from ..primitives.window import (
     across_along,
+    between,
     bias_along,
-    in_sight,
     memory_of,
+    near_token,
     sites_exist,
     tile_sites,
     tokens_on_axis,
@@ -29,26 +40,21 @@ from ..primitives.window import (
 
 @triton.jit
 def _keys_of_row(
-    q, k_base, v_base, stride_kt, stride_vt, scale, token, oldest, across, along_bias, along_token, first_row,
-    first_col, n_major, n_minor, seq_len,
-    TOPOLOGY: tl.constexpr, BY_ROWS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, TILE_U: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    q, k_base, v_base, stride_kt, stride_vt, scale, newest, oldest, across, along_bias, along_token,
+    first_row, first_col, n_major, n_minor, seq_len,
+    TOPOLOGY: tl.constexpr, BY_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """``(scores, v)`` of a row of keys, ``[BLOCK_M, BLOCK_N]`` and ``[BLOCK_N, D]``; scores lack the bias across."""
     across_token = tokens_on_axis(across, first_row, first_col, n_major, n_minor, TOPOLOGY, BY_ROWS)
     # Keys beyond the window may exist and be read; their bias is -inf.
     exists = sites_exist(across_token + along_token, seq_len, TOPOLOGY, BY_ROWS)
-    k = load_rows(k_base + across_token * stride_kt, along_token, exists, stride_kt, D, BLOCK_D)
-    v = load_rows(v_base + across_token * stride_vt, along_token, exists, stride_vt, D, BLOCK_D)
-    scores = dot_transposed(q, k, PRECISION) * scale + along_bias
+    k = load_parts(k_base + across_token * stride_kt, along_token, exists, stride_kt, D, BLOCK_D, PARTS)
+    v = load_parts(v_base + across_token * stride_vt, along_token, exists, stride_vt, D, BLOCK_D, PARTS)
+    scores = dot_parts(q, k, PARTS, PRECISION) * scale + along_bias
     if TOPOLOGY == CAUSAL:
-        # Rows between those of the queries and the end of their memory lie wholly in sight.
-        at_edge = True
-        if BY_ROWS and not HAS_FIRST_KEY:
-            at_edge = (across >= 0) | (first_row + across <= 0) | (across < TILE_U - n_major)
-        if at_edge:
-            seen = in_sight((across_token + along_token)[None, :], token[:, None], oldest[:, None], seq_len)
-            scores = tl.where(seen, scores, float("-inf"))
+        place = near_token(across_token)
+        scores = masked(scores, between(near_token(along_token), oldest - place, newest - place))
     return scores, v
 
 
@@ -58,18 +64,22 @@ def _attend(
     first_col, n_major, n_minor, seq_len, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v,
     TOPOLOGY: tl.constexpr, BY_ROWS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, TILE_U: tl.constexpr,
     TILE_V: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """One flow: exponentials' product with V, then its softmax: ``(acc, maximum, total, spread)``."""
     BLOCK_M: tl.constexpr = TILE_U * TILE_V
-    oldest = token
+    newest = token.to(tl.int32)
+    oldest = newest
     if TOPOLOGY == CAUSAL:
-        oldest = memory_of(token, n_major, n_minor)
+        oldest = memory_of(newest, n_major, n_minor)
         if HAS_FIRST_KEY:
-            oldest = tl.maximum(oldest, oldest_key(first_key_ptr, batch, token, valid, seq_len))
+            oldest = tl.maximum(oldest, oldest_key(first_key_ptr, batch, token, valid, seq_len)).to(tl.int32)
     across_begin, across_end, along_begin, along_end = walk(
         first_row, num_rows, -a_hi, -a_lo, -b_hi, -b_lo, TOPOLOGY, BY_ROWS, TILE_U, TILE_V
     )
+    if BLOCK_D > 64:
+        # Spares registers that are kept for loops without a turn.
+        tl.assume((across_begin < across_end) & (along_begin < along_end))
     across_site, along_site = across_along(row, col, BY_ROWS)
     across_lo, along_lo = across_along(a_lo, b_lo, BY_ROWS)
     across_hi, along_hi = across_along(a_hi, b_hi, BY_ROWS)
@@ -78,7 +88,7 @@ def _attend(
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     spread_total = total
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = zero_parts(BLOCK_M, BLOCK_D, PARTS)
     for first in range(along_begin, along_end, BLOCK_N):
         along = first + tl.arange(0, BLOCK_N)
         along_bias = bias_along(along_site[:, None] - along[None, :], along_lo, along_hi, along_decline)
@@ -89,9 +99,9 @@ def _attend(
             scores, values, biases = (), (), ()
             for index in tl.static_range(ROWS):
                 row_scores, v = _keys_of_row(
-                    q, k_base, v_base, stride_kt, stride_vt, scale, token, oldest, across + index, along_bias,
-                    along_token, first_row, first_col, n_major, n_minor, seq_len, TOPOLOGY, BY_ROWS, HAS_FIRST_KEY,
-                    TILE_U, D, BLOCK_D, PRECISION,
+                    q, k_base, v_base, stride_kt, stride_vt, scale, newest, oldest, across + index, along_bias,
+                    along_token, first_row, first_col, n_major, n_minor, seq_len, TOPOLOGY, BY_ROWS, D, BLOCK_D,
+                    PARTS, PRECISION,
                 )
                 scores += (row_scores,)
                 values += (v,)
@@ -99,9 +109,9 @@ def _attend(
             p, kept, maximum, total, spread_total = accumulate(
                 scores, biases, maximum, total, spread_total, ROWS, WITH_ENTROPY
             )
-            acc *= kept[:, None]
+            acc = scaled_parts(acc, kept[:, None], PARTS)
             for index in tl.static_range(ROWS):
-                acc = dot_cast(p[index], values[index], PRECISION, acc)
+                acc = cast_to_parts(p[index], values[index], acc, PARTS, PRECISION)
     return acc, anchor(maximum), total, spread_total
 
 
@@ -118,9 +128,9 @@ def cross_kernel(
     num_rows, num_cols, a_lo, a_hi, b_lo, b_hi, unit_u, unit_v,
     TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FLOW: tl.constexpr, BY_ROWS: tl.constexpr, FINISH: tl.constexpr,
     NUM_PARTIALS: tl.constexpr, TILE_U: tl.constexpr, TILE_V: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr,
-    HAS_STATE: tl.constexpr, TOKEN_ALPHA: tl.constexpr, WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr,
+    HAS_FIRST_KEY: tl.constexpr, HAS_STATE: tl.constexpr, TOKEN_ALPHA: tl.constexpr, WITH_LSE: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """One cross flow of a chunk of heads: a partial sum, as the line families leave theirs, or where ``FINISH`` what
     is added to the ``NUM_PARTIALS`` that are there, then compounding.
@@ -137,16 +147,16 @@ def cross_kernel(
         tl.program_id(0), n_minor, seq_len, num_rows, num_cols, TILE_U, TILE_V
     )
     at = global_head * seq_len + token
-    y = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    y = zero_parts(BLOCK_M, BLOCK_D, PARTS)
     if FLOW >= 0:
         kv_head = (head.to(tl.int32) // group).to(tl.int64)
-        q = load_rows(q_ptr + batch * stride_qb + head * stride_qh, token, valid, stride_qt, D, BLOCK_D)
+        q = load_parts(q_ptr + batch * stride_qb + head * stride_qh, token, valid, stride_qt, D, BLOCK_D, PARTS)
         acc, maximum, total, spread_total = _attend(
             q, k_ptr + batch * stride_kb + kv_head * stride_kh, v_ptr + batch * stride_vb + kv_head * stride_vh,
             tl.load(decay_ptr + head * NUM_STREAMS + FLOW), first_key_ptr, stride_kt, stride_vt, scale, batch, token,
             valid, row, col, first_row, first_col, n_major, n_minor, seq_len, num_rows, a_lo, a_hi, b_lo, b_hi, unit_u,
-            unit_v, TOPOLOGY, BY_ROWS, HAS_FIRST_KEY, TILE_U, TILE_V, ROWS, BLOCK_N, D, BLOCK_D, WITH_ENTROPY,
-            PRECISION,
+            unit_v, TOPOLOGY, BY_ROWS, HAS_FIRST_KEY, TILE_U, TILE_V, ROWS, BLOCK_N, D, BLOCK_D, PARTS,
+            WITH_ENTROPY, PRECISION,
         )
         zero = hidden_zero(seq_len)
         local_head += zero
@@ -156,15 +166,19 @@ def cross_kernel(
         )
         at = global_head * seq_len + token
         gate = tl.load(weights_ptr + gate_rows(at, head, TOKEN_WEIGHTS) * NUM_STREAMS + FLOW, mask=valid, other=0.0)
-        y += acc * (gate / total)[:, None]
+        y = scaled_parts(acc, (gate / total)[:, None], PARTS)
         write_statistics(maximum, total, spread_total, lse_ptr, entropy_ptr, at * NUM_STREAMS + FLOW, valid,
                          WITH_LSE, WITH_ENTROPY)
 
     head_partials = partials_ptr + local_head.to(tl.int64) * seq_len * D
     partial_size = tl.num_programs(1).to(tl.int64) * seq_len * D
     if FINISH:
-        for slot in tl.static_range(NUM_PARTIALS):
-            y += load_rows(head_partials + slot * partial_size, token, valid, D, D, BLOCK_D)
+        y = add_slots(y, head_partials, partial_size, token, valid, NUM_PARTIALS, D, BLOCK_D, PARTS)
+        if BLOCK_D > 64:
+            _, _, _, _, token, valid = tile_sites(
+                tl.program_id(0) + hidden_zero(n_minor), n_minor, seq_len, num_rows, num_cols, TILE_U, TILE_V
+            )
+            at = global_head * seq_len + token
         for stream in tl.static_range(NUM_STREAMS):
             if ((STREAMS >> stream) & 1) == 0:
                 left_out = tl.zeros([BLOCK_M], tl.float32)
@@ -174,9 +188,9 @@ def cross_kernel(
                     tl.store(entropy_ptr + at * NUM_STREAMS + stream, left_out, mask=valid)
         if HAS_STATE:
             state_base = state_ptr + batch * stride_sb + head * stride_sh
-            state = load_rows(state_base, token, valid, stride_st, D, BLOCK_D).to(tl.float32)
+            state = load_parts(state_base, token, valid, stride_st, D, BLOCK_D, PARTS)
             alpha = tl.load(alpha_ptr + gate_rows(at, head, TOKEN_ALPHA), mask=valid, other=0.0)
-            y = state + alpha[:, None] * (y - state)
-        store_rows(out_ptr + batch * stride_ob + head * stride_oh, token, valid, stride_ot, y, D, BLOCK_D)
+            y = towards(state, y, alpha[:, None], PARTS)
+        store_parts(out_ptr + batch * stride_ob + head * stride_oh, token, valid, stride_ot, y, D, BLOCK_D, PARTS)
     else:
-        store_rows(head_partials + NUM_PARTIALS * partial_size, token, valid, D, y, D, BLOCK_D)
+        store_parts(head_partials + NUM_PARTIALS * partial_size, token, valid, D, y, D, BLOCK_D, PARTS)

@@ -33,7 +33,6 @@ class LineLaunch(NamedTuple):
     family_mask: int
     whole: bool
     fold: bool
-    keep_bias: bool  # of folded loops, from line to line
     even: bool  # every block of positions is full
     lines: int  # lines that a program handles
     block_m: int
@@ -41,6 +40,7 @@ class LineLaunch(NamedTuple):
     block_c: int  # columns of a folded loop
     num_warps: int
     num_stages: int
+    parts: int = 1  # of the channels of lines in bands, each with sums of its own
 
     @property
     def programs(self) -> int:
@@ -56,25 +56,53 @@ class CrossLaunch(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    parts: int = 1  # of the channels, each with sums of its own
+
+
+class Blocks(NamedTuple):
+    """How lines of one size are visited: blocks of queries, by blocks of keys where a block does not hold a line."""
+
+    block_m: int
+    block_n: int | None
+    num_warps: int
+    num_stages: int
+    parts: int = 1  # of the channels, each with sums of its own
+
+
+def _alike(blocks: Blocks) -> tuple[Blocks, Blocks]:
+    """An entry of the tables below with the same blocks for loops and for spirals."""
+    return blocks, blocks
 
 
 _MAX_WHOLE = 128
 _MIN_FOLD = 32  # columns
 _SMALL_TILE = 32 * 32  # scores
-_MAX_ROWS = 32 * 128  # numbers in a block of queries, of which loops that are not folded make two sums
+_MAX_ROWS = 32 * 128  # numbers in a block of float32 queries, of which loops that are not folded make two sums
 
-# By (16-bit, BLOCK_D), of lines that are visited in bands: queries, keys of a step, warps, stages. Chosen among those
-# that compile without spills, by instructions for each query.
+# By (16-bit, BLOCK_D), of lines that one block of keys holds. Chosen, as those below, among those that compile without
+# spills, by instructions for each query.
+_WHOLE = {
+    (True, 64): Blocks(64, None, 4, 2),
+    (True, 128): Blocks(64, None, 4, 1, 2),
+    (True, 256): Blocks(64, None, 4, 2, 8),
+    (False, 64): Blocks(32, None, 8, 2),
+    (False, 128): Blocks(32, None, 8, 2),
+    (False, 256): Blocks(32, None, 8, 2),
+}
+# The same of lines that are visited in bands, of loops and of spirals.
 _BANDS = {
-    (True, 64): (64, 64, 4, 2),
-    (True, 128): (64, 64, 4, 1),
-    (True, 256): (32, 32, 4, 1),
-    (False, 64): (32, 32, 8, 2),
-    (False, 128): (32, 32, 8, 1),
-    (False, 256): (32, 16, 8, 1),
+    (True, 64): _alike(Blocks(64, 64, 4, 2)),
+    (True, 128): _alike(Blocks(64, 64, 4, 1, 2)),
+    (True, 256): (Blocks(64, 64, 4, 2, 8), Blocks(64, 64, 4, 1, 4)),
+    (False, 64): _alike(Blocks(32, 32, 8, 2)),
+    (False, 128): _alike(Blocks(32, 32, 8, 1)),
+    (False, 256): _alike(Blocks(32, 16, 8, 1)),
 }
 # Where mma.sync needs more registers than wgmma.
-_EARLY_BANDS = {(True, 128): (32, 64, 4, 1)}
+_EARLY_WHOLE = {(True, 128): Blocks(64, None, 4, 2, 4), (True, 256): Blocks(32, None, 4, 2, 4)}
+_EARLY_BANDS = {
+    (True, 128): _alike(Blocks(64, 64, 4, 2, 2)), (True, 256): _alike(Blocks(32, 64, 4, 1, 2)),
+}
 
 
 def _mask(families: tuple[LineFamily, ...]) -> int:
@@ -99,8 +127,19 @@ def _folds(family: LineFamily, block_m: int, head_dim: int, dtype: torch.dtype) 
     return family.loop // 2 >= max(_MIN_FOLD, block_m)
 
 
+def _of_one_length(family: LineFamily, seq_len: int) -> bool:
+    """Whether no line lacks its last token, as where time is open some may."""
+    return family.form != OPEN_PAST.value or seq_len % family.num_lines == 0
+
+
+def _whole_blocks(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Blocks:
+    tiles = _WHOLE if capability >= (9, 0) else _WHOLE | _EARLY_WHOLE
+    return tiles[dtype != torch.float32, max(64, block_d(head_dim))]
+
+
 def _whole_launch(
-    members: list[tuple[LineFamily, bool]], block_m: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+    members: list[tuple[LineFamily, bool]], block_m: int, seq_len: int, head_dim: int, dtype: torch.dtype,
+    capability: tuple[int, int],
 ) -> LineLaunch:
     """Families whose lines fit one block of keys, loops folded or not."""
     light = _light(head_dim, dtype)
@@ -108,23 +147,22 @@ def _whole_launch(
     halves = [family.loop // 2 for family, fold in members if fold]
     block_n = _power(max((family.length for family, fold in members if not fold), default=1))
     block_c = _power(max(halves, default=1))
-    num_warps = 4 if dtype != torch.float32 else 8
-    if capability < (9, 0) and not halves and max(block_m, block_n) > 64:
-        block_m, num_warps = 32, 2  # mma.sync would take more registers than there are
-    if block_m * head_dim > _MAX_ROWS and families[0].family < 2:
+    _, _, num_warps, num_stages, parts = _whole_blocks(head_dim, dtype, capability)
+    if dtype == torch.float32 and block_m * head_dim > _MAX_ROWS and families[0].family < 2:
         block_m //= 2
-    if block_d(head_dim) > 128 and families[0].form == OPEN_PAST.value:
-        num_warps = 8  # beside comparisons of time, half of such rows for each
+    if light and not halves and capability < (9, 0) and max(block_m, block_n) > 64:
+        block_m, num_warps = 32, 2  # mma.sync would take more registers than there are
     if light and not halves and block_m * block_n <= _SMALL_TILE:
         num_warps = 2  # what a line costs beside its scores is paid by every warp
+    if families[0].family < 2 and families[0].length > 64:
+        num_stages = 1
     even = all(
-        family.form != OPEN_PAST.value and family.length % block_m == 0
+        _of_one_length(family, seq_len) and family.length % block_m == 0
         and (family.loop // 2 == block_c if fold else family.length == block_n)
         for family, fold in members
     )
-    long_loops = families[0].family < 2 and families[0].length > 64
-    return LineLaunch(families, _mask(families), True, bool(halves), capability >= (9, 0) or block_c < 64, even, 4,
-                      block_m, block_n, block_c, num_warps, 1 if long_loops else 2)
+    return LineLaunch(families, _mask(families), True, bool(halves), even, 4, block_m, block_n, block_c, num_warps,
+                      num_stages, parts)
 
 
 def _band_launch(
@@ -132,17 +170,17 @@ def _band_launch(
 ) -> LineLaunch:
     """Families whose streams are visited one by one, over many blocks of keys."""
     tiles = _BANDS if capability >= (9, 0) else _BANDS | _EARLY_BANDS
-    block_m, block_n, num_warps, num_stages = tiles[dtype != torch.float32, max(64, block_d(head_dim))]
-    if block_d(head_dim) > 128 and families[0].family < 2:
-        num_warps = 8  # sums of two arcs
-    if families[0].form == OPEN_PAST.value and dtype != torch.float32:
+    of_loops, of_spirals = tiles[dtype != torch.float32, max(64, block_d(head_dim))]
+    loops = families[0].family < 2
+    block_m, block_n, num_warps, num_stages, parts = of_loops if loops else of_spirals
+    if families[0].form == OPEN_PAST.value and _light(head_dim, dtype):
         num_stages = 1  # of two or three steps nothing is gained by more, and they take registers
     even = block_m % block_n == 0 and all(
         family.form == CLOSED.value and family.length % block_m == family.loop // 2 % block_n == 0
         for family in families
     )
-    return LineLaunch(families, _mask(families), False, False, False, even, 1, block_m, block_n, MIN_BLOCK, num_warps,
-                      num_stages)
+    return LineLaunch(families, _mask(families), False, False, even, 1, block_m, block_n, MIN_BLOCK, num_warps,
+                      num_stages, parts)
 
 
 def line_launches(
@@ -153,7 +191,8 @@ def line_launches(
     if not families:
         return ()
     light = _light(head_dim, dtype)
-    block_m = min(64 if light else 32, _power(max(family.length for family in families)))
+    limit = _whole_blocks(head_dim, dtype, capability).block_m
+    block_m = min(limit, _power(max(family.length for family in families)))
     whole, bands = {}, {}
     for family in families:
         loops = len(FAMILY_STREAMS[family.family]) == 2
@@ -166,25 +205,31 @@ def line_launches(
         # Loops and spirals with long lines are launched apart: together they would take more registers.
         whole.setdefault((loops and family.length > 64, loops and not fold), []).append((family, fold))
     return (
-        *(_whole_launch(members, block_m, head_dim, dtype, capability) for members in whole.values()),
+        *(_whole_launch(members, block_m, seq_len, head_dim, dtype, capability) for members in whole.values()),
         *(_band_launch(tuple(members), head_dim, dtype, capability) for members in bands.values()),
     )
 
 
-def cross_launch(flow: Flow, lattice: TorusLattice, head_dim: int, dtype: torch.dtype) -> CrossLaunch:
+def cross_launch(
+    flow: Flow, lattice: TorusLattice, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> CrossLaunch:
     """Tiles 16 sites long, and blocks of keys as long as a tile with its halo.
 
     Keys are walked two rows a step where none is left over: sums are rescaled half as often.
     """
-    light = block_d(head_dim) <= 64 and dtype != torch.float32
-    across, along = 4 if light else 2, 16
-    fits = block_d(head_dim) <= 128 and dtype != torch.float32
-    rows = 2 if fits and flow.in_pairs(across, lattice) else 1
-    block_n = max(MIN_BLOCK, min(64, triton.next_power_of_2(flow.walked(along))))
-    wide_rows = block_d(head_dim) * dtype.itemsize > 256
-    # In float32 comparisons of time take the registers of a second stage.
-    num_stages = 1 if lattice.is_causal and dtype == torch.float32 else 2
-    return CrossLaunch(across, along, rows, block_n, 8 if wide_rows else 4, num_stages)
+    wide, early, narrow = block_d(head_dim), capability < (9, 0), dtype != torch.float32
+    block_n = max(MIN_BLOCK, min(64, triton.next_power_of_2(flow.walked(16))))
+    across, num_warps, num_stages, parts = 4, 4, 2, 1
+    if not narrow:
+        across = 2
+        num_warps = 8 if wide > 64 else 4
+        num_stages = 2 if early and not lattice.is_causal else 1  # a second stage takes registers
+    elif wide > 128:
+        across, num_stages, parts = 2 if early else 4, 1, 4
+    elif wide > 64:
+        num_stages, parts = (2, 4) if early else (1, 1)
+    rows = 2 if wide <= 128 and narrow and flow.in_pairs(across, lattice) else 1
+    return CrossLaunch(across, 16, rows, block_n, num_warps, num_stages, parts)
 
 
 def _axes(lattice: TorusLattice) -> tuple[int, int]:
@@ -224,18 +269,18 @@ def _plan(
     }
     lines = tuple((launch.programs, {
         "FAMILIES": families, "GRID_FAMILIES": launch.family_mask, "WHOLE": launch.whole, "EVEN": launch.even,
-        "FOLD": launch.fold, "KEEP_BIAS": launch.keep_bias, "LINES": launch.lines, "BLOCK_M": launch.block_m,
+        "FOLD": launch.fold, "LINES": launch.lines, "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n, "BLOCK_C": launch.block_c, "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages, **shared,
+        "num_stages": launch.num_stages, "PARTS": launch.parts, **shared,
     }) for launch in launches)
     crosses = []
     for place, flow in enumerate(flows):
-        cross = cross_launch(flow, lattice, head_dim, dtype)
+        cross = cross_launch(flow, lattice, head_dim, dtype, capability(device))
         tile_u, tile_v = flow.tile(cross.across, cross.along)
         crosses.append((flow.tiles(cross.across, cross.along), flow.arguments, {
             "FLOW": flow.stream, "BY_ROWS": flow.by_rows, "FINISH": place == len(flows) - 1,
             "NUM_PARTIALS": num_partials + place, "TILE_U": tile_u, "TILE_V": tile_v, "ROWS": cross.rows,
-            "BLOCK_N": cross.block_n,
+            "BLOCK_N": cross.block_n, "PARTS": cross.parts,
             "HAS_STATE": has_state, "TOKEN_ALPHA": token_alpha, "num_warps": cross.num_warps,
             "num_stages": cross.num_stages, **shared,
         }))

@@ -10,6 +10,7 @@ from ..primitives.lattice import (
     CLOSED,
     CYLINDER,
     MINOR,
+    NUM_STREAMS,
     OPEN_BOTH,
     OPEN_PAST,
     arcs,
@@ -24,9 +25,10 @@ from ..primitives.lattice import (
     strand,
     tokens_along,
 )
-from ..primitives.softmax import bias_slope, mixing, row_maximum, spread, write_statistics
-from ..primitives.tiles import dot_cast, dot_transposed, gate_rows, head_of, hidden_zero, load_rows, store_rows
-from .arcs import backward_bias, forward_bias, whole_arcs
+from ..primitives.parts import accumulate_parts, cast_to_parts, dot_parts, load_parts, store_parts, zero_parts
+from ..primitives.softmax import bias_slope, mixed, mixing, spread, write_statistics
+from ..primitives.tiles import head_of, hidden_zero
+from .arcs import arc_biases, whole_arcs
 from .bands import attend_bands
 
 
@@ -50,8 +52,9 @@ def _biases(
 
 @triton.jit
 def _softmax(exponents, WITH_ENTROPY: tl.constexpr):
-    """``(exponentials, maximum, total, spread)`` of whole rows of a tile; without entropy, the total for the spread."""
-    maximum = row_maximum(exponents)
+    """``(exponentials, maximum, total, spread)`` of whole rows of a tile, all of which see a key; without entropy, the
+    total for the spread."""
+    maximum = tl.max(exponents, axis=1)
     exponents -= maximum[:, None]
     p = tl.exp2(exponents)
     total = tl.sum(p, axis=1)
@@ -60,7 +63,7 @@ def _softmax(exponents, WITH_ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def _mixed(p, factor, partner_p, partner_factor, ARCS: tl.constexpr):
+def _weights(p, factor, partner_p, partner_factor, ARCS: tl.constexpr):
     if ARCS:
         return p * factor[:, None] + partner_p * partner_factor[:, None]
     else:
@@ -68,33 +71,53 @@ def _mixed(p, factor, partner_p, partner_factor, ARCS: tl.constexpr):
 
 
 @triton.jit
+def _head_gate(weights_ptr, head, stream, queries, TOKEN_WEIGHTS: tl.constexpr):
+    """Gate of all queries of a head, 0 where the stream has none; of no meaning where they have gates of their own."""
+    if TOKEN_WEIGHTS:
+        return 0.0
+    else:
+        return tl.load(weights_ptr + head * NUM_STREAMS + stream, mask=queries > 0, other=0.0)
+
+
+@triton.jit
+def _gates(weights_ptr, row, stream, head_gate, valid, TOKEN_WEIGHTS: tl.constexpr):
+    """Gates ``[BLOCK_M]`` of one stream at rows of ``[B, H, T]``."""
+    if TOKEN_WEIGHTS:
+        return tl.load(weights_ptr + row * NUM_STREAMS + stream, mask=valid, other=0.0)
+    else:
+        return tl.zeros(valid.shape, tl.float32) + head_gate
+
+
+@triton.jit
 def _rows(
-    q_base, weights_ptr, line, start, position, queries, partner_queries, stride, slope, num_lines, length, seq_len,
-    stride_qt, head, global_head, stream,
+    q_base, weights_ptr, line, start, position, queries, partner_queries, head_gate, partner_head_gate, stride, slope,
+    num_lines, length, seq_len, stride_qt, global_head, stream,
     STRAIGHT: tl.constexpr, TOPOLOGY: tl.constexpr, EVEN: tl.constexpr, ARCS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr,
+    BLOCK_D: tl.constexpr, PARTS: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr,
 ):
-    """Queries at positions of a line: ``(token, valid, q, gate, partner's gate)``, tokens counted from ``start``."""
+    """Queries at positions of a line: ``(token, valid, q, gate, partner's gate)``, tokens counted from ``start`` and
+    ``q`` in parts."""
     token = tokens_along(line, position, stride, slope, num_lines, STRAIGHT)
     valid = on_line(position, token, length, seq_len - start, TOPOLOGY, EVEN)
-    q = load_rows(q_base + start * stride_qt, token, valid, stride_qt, D, BLOCK_D)
-    gate_at = gate_rows(global_head * seq_len + start + token, head, TOKEN_WEIGHTS) * 8 + stream
-    gate = tl.load(weights_ptr + gate_at, mask=valid & (position < queries), other=0.0)
+    q = load_parts(q_base + start * stride_qt, token, valid, stride_qt, D, BLOCK_D, PARTS)
+    row = global_head * seq_len + start + token
+    gate = _gates(weights_ptr, row, stream, head_gate, valid & (position < queries), TOKEN_WEIGHTS)
     partner_gate = gate
     if ARCS:
-        partner_gate = tl.load(weights_ptr + gate_at + 1, mask=valid & (position < partner_queries), other=0.0)
+        partner_gate = _gates(
+            weights_ptr, row, stream + 1, partner_head_gate, valid & (position < partner_queries), TOKEN_WEIGHTS
+        )
     return token, valid, q, gate, partner_gate
 
 
 @triton.jit
-def _write_rows(
-    partial_base, lse_ptr, entropy_ptr, start, position, token, valid, queries, partner_queries, seq_len, global_head,
-    stream, y, maximum, total, spread_total, partner_maximum, partner_total, partner_spread,
-    ARCS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+def _write_statistics(
+    lse_ptr, entropy_ptr, start, position, token, valid, queries, partner_queries, seq_len, global_head, stream,
+    maximum, total, spread_total, partner_maximum, partner_total, partner_spread,
+    ARCS: tl.constexpr, WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr,
 ):
-    """Leaves the partial sum of a block of queries, and the statistics of their streams."""
-    store_rows(partial_base + start * D, token, valid, D, y, D, BLOCK_D)
-    at = (global_head * seq_len + start + token) * 8 + stream
+    """Leaves the statistics of a block of queries, of each of its streams."""
+    at = (global_head * seq_len + start + token) * NUM_STREAMS + stream
     write_statistics(
         maximum, total, spread_total, lse_ptr, entropy_ptr, at, valid & (position < queries), WITH_LSE, WITH_ENTROPY
     )
@@ -109,22 +132,25 @@ def _write_rows(
 def _whole_line(
     q, k_base, v_base, stride_kt, stride_vt, line, key_position, bias, partner_bias, gate, partner_gate, stride, slope,
     num_lines, length, remaining, scale,
-    STRAIGHT: tl.constexpr, TOPOLOGY: tl.constexpr, ARCS: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+    STRAIGHT: tl.constexpr, TOPOLOGY: tl.constexpr, ARCS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Streams of a line that fits one block of keys, by one product with K and one with V; returns as `whole_arcs`."""
     key_token = tokens_along(line, key_position, stride, slope, num_lines, STRAIGHT)
     key_valid = on_line(key_position, key_token, length, remaining, TOPOLOGY, EVEN)
-    k = load_rows(k_base, key_token, key_valid, stride_kt, D, BLOCK_D)
-    v = load_rows(v_base, key_token, key_valid, stride_vt, D, BLOCK_D)
-    scores = dot_transposed(q, k, PRECISION) * scale
+    k = load_parts(k_base, key_token, key_valid, stride_kt, D, BLOCK_D, PARTS)
+    v = load_parts(v_base, key_token, key_valid, stride_vt, D, BLOCK_D, PARTS)
+    scores = dot_parts(q, k, PARTS, PRECISION) * scale
     p, maximum, total, spread_total = _softmax(scores + bias, WITH_ENTROPY)
     partner_p, partner_maximum, partner_total, partner_spread = p, maximum, total, spread_total
     if ARCS:
         partner_p, partner_maximum, partner_total, partner_spread = _softmax(scores + partner_bias, WITH_ENTROPY)
-    factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, ARCS)
-    y = dot_cast(_mixed(p, factor, partner_p, partner_factor, ARCS), v, PRECISION)
-    return y * norm[:, None], maximum, total, spread_total, partner_maximum, partner_total, partner_spread
+    NARROW: tl.constexpr = v[0].dtype == tl.float16
+    factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, ARCS, NARROW)
+    weights = _weights(p, factor, partner_p, partner_factor, ARCS)
+    y = cast_to_parts(weights, v, zero_parts(BLOCK_M, BLOCK_D, PARTS), PARTS, PRECISION)
+    y = mixed(y, norm, ARCS, NARROW, PARTS)
+    return y, maximum, total, spread_total, partner_maximum, partner_total, partner_spread
 
 
 @triton.jit
@@ -133,10 +159,10 @@ def _run_of_lines(
     stride_qt, stride_kt, stride_vt, n_major, n_minor, winding, seq_len, scale, batch, head, global_head,
     family, first_line, block,
     TOPOLOGY: tl.constexpr, FORM: tl.constexpr, ARCS: tl.constexpr, STREAMS: tl.constexpr, WHOLE: tl.constexpr,
-    EVEN: tl.constexpr, FOLD: tl.constexpr, KEEP_BIAS: tl.constexpr, BLOCK_C: tl.constexpr,
+    EVEN: tl.constexpr, FOLD: tl.constexpr, BLOCK_C: tl.constexpr,
     LINES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TOKEN_WEIGHTS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, WITH_LSE: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The partial sum ``sum_s g_s O_s`` of one family for a block of positions on a run of lines.
 
@@ -151,12 +177,15 @@ def _run_of_lines(
     # A stream that is left out has no queries.
     queries = tl.where(((STREAMS >> stream) & 1) != 0, length, 0)
     unit = squared_step(loop, FORM)
-    decline = bias_slope(tl.load(decay_ptr + head * 8 + stream), unit)
+    decline = bias_slope(tl.load(decay_ptr + head * NUM_STREAMS + stream), unit)
+    head_gate = _head_gate(weights_ptr, head, stream, queries, TOKEN_WEIGHTS)
     partner_decline = decline
     partner_queries = queries
+    partner_head_gate = head_gate
     if ARCS:
-        partner_decline = bias_slope(tl.load(decay_ptr + head * 8 + stream + 1), unit)
+        partner_decline = bias_slope(tl.load(decay_ptr + head * NUM_STREAMS + stream + 1), unit)
         partner_queries = tl.where(((STREAMS >> (stream + 1)) & 1) != 0, length, 0)
+        partner_head_gate = _head_gate(weights_ptr, head, stream + 1, partner_queries, TOKEN_WEIGHTS)
 
     query_position = block * BLOCK_M + tl.arange(0, BLOCK_M)
     reach = tl.minimum(query_position, max_step)
@@ -164,35 +193,39 @@ def _run_of_lines(
         line = first_line
         start = line_start(family, line, n_minor, STRAIGHT, TOPOLOGY)
         query_token, query_valid, q, gate, partner_gate = _rows(
-            q_base, weights_ptr, line, start, query_position, queries, partner_queries, stride, slope, num_lines,
-            length, seq_len, stride_qt, head, global_head, stream, STRAIGHT, TOPOLOGY, EVEN, ARCS, D, BLOCK_D,
-            TOKEN_WEIGHTS,
+            q_base, weights_ptr, line, start, query_position, queries, partner_queries, head_gate, partner_head_gate,
+            stride, slope, num_lines, length, seq_len, stride_qt, global_head, stream, STRAIGHT, TOPOLOGY, EVEN, ARCS,
+            D, BLOCK_D, PARTS, TOKEN_WEIGHTS,
         )
         if HAS_FIRST_KEY:
             oldest = oldest_key(first_key_ptr, batch, start + query_token, query_valid, seq_len)
             reach = reach_of(oldest, line, stride, query_position, max_step)
         (y, maximum, total, spread_total, partner_maximum, partner_total, partner_spread) = attend_bands(
-            q, k_base + start * stride_kt, v_base + start * stride_vt, stride_kt, stride_vt, line, block * BLOCK_M,
-            query_token, query_valid, reach, decline, partner_decline, queries, partner_queries, gate, partner_gate,
-            max_step, stride, slope, num_lines, length, seq_len - start, loop, scale, STRAIGHT, TOPOLOGY, FORM, ARCS,
-            EVEN, HAS_FIRST_KEY, BLOCK_M, BLOCK_N, D, BLOCK_D, WITH_ENTROPY, PRECISION,
+            q, k_base + start * stride_kt, v_base + start * stride_vt, partial_base + start * D, stride_kt, stride_vt,
+            line, block * BLOCK_M, query_token, query_valid, reach, decline, partner_decline, queries, partner_queries,
+            gate, partner_gate, max_step, stride, slope, num_lines, length, seq_len - start, loop, scale, STRAIGHT,
+            TOPOLOGY, FORM, ARCS, EVEN, HAS_FIRST_KEY, BLOCK_M, BLOCK_N, D, BLOCK_D, PARTS, WITH_ENTROPY, PRECISION,
         )
         query_position += hidden_zero(seq_len)
         query_token = tokens_along(line, query_position, stride, slope, num_lines, STRAIGHT)
         query_valid = on_line(query_position, query_token, length, seq_len - start, TOPOLOGY, EVEN)
-        _write_rows(
-            partial_base, lse_ptr, entropy_ptr, start, query_position, query_token, query_valid, queries,
-            partner_queries, seq_len, global_head, stream, y, maximum, total, spread_total, partner_maximum,
-            partner_total, partner_spread, ARCS, D, BLOCK_D, WITH_LSE, WITH_ENTROPY,
+        if ARCS and PARTS > 1:
+            tl.debug_barrier()  # another thread may have written the first arc's
+            accumulate_parts(partial_base + start * D, query_token, query_valid, y, True, D, BLOCK_D, PARTS)
+        else:
+            store_parts(partial_base + start * D, query_token, query_valid, D, y, D, BLOCK_D, PARTS)
+        _write_statistics(
+            lse_ptr, entropy_ptr, start, query_position, query_token, query_valid, queries, partner_queries, seq_len,
+            global_head, stream, maximum, total, spread_total, partner_maximum,
+            partner_total, partner_spread, ARCS, WITH_LSE, WITH_ENTROPY,
         )
     else:
         key_position = tl.arange(0, BLOCK_N)
         column = tl.arange(0, BLOCK_C)
-        offset = tl.arange(0, BLOCK_M).to(tl.float32)
+        offset = tl.arange(0, BLOCK_M)
         # The same for every line of the run, but for packed documents.
         if ARCS and FOLD:
-            bias = forward_bias(offset, column, loop, decline)
-            partner_bias = backward_bias(offset, column, loop, partner_decline)
+            bias, partner_bias = arc_biases(offset, column, loop, decline, partner_decline, EVEN)
         else:
             bias, partner_bias = _biases(
                 query_position, key_position, length, loop, reach[:, None], decline, partner_decline, FORM, ARCS
@@ -202,19 +235,16 @@ def _run_of_lines(
             start = line_start(family, line, n_minor, STRAIGHT, TOPOLOGY)
             k_line, v_line = k_base + start * stride_kt, v_base + start * stride_vt
             query_token, query_valid, q, gate, partner_gate = _rows(
-                q_base, weights_ptr, line, start, query_position, queries, partner_queries, stride, slope, num_lines,
-                length, seq_len, stride_qt, head, global_head, stream, STRAIGHT, TOPOLOGY, EVEN, ARCS, D, BLOCK_D,
-                TOKEN_WEIGHTS,
+                q_base, weights_ptr, line, start, query_position, queries, partner_queries, head_gate,
+                partner_head_gate, stride, slope, num_lines, length, seq_len, stride_qt, global_head, stream, STRAIGHT,
+                TOPOLOGY, EVEN, ARCS, D, BLOCK_D, PARTS, TOKEN_WEIGHTS,
             )
             if ARCS and FOLD:
                 # Zeros that the compiler cannot see through: it would hold every comparison of offsets in registers.
-                line_offset, line_offset_again = offset + line * 0.0, offset + line * -0.0
-                if not KEEP_BIAS:
-                    bias = forward_bias(line_offset, column, loop, decline)
-                    partner_bias = backward_bias(line_offset, column, loop, partner_decline)
+                line_offset, line_offset_again = offset + tl.minimum(line, 0), offset - tl.minimum(line, 0)
                 (y, maximum, total, spread_total, partner_maximum, partner_total, partner_spread) = whole_arcs(
-                    q, k_line, v_line, stride_kt, stride_vt, line_offset, line_offset_again, bias, partner_bias,
-                    decline, gate, partner_gate, block * BLOCK_M, column, stride, length, seq_len - start, loop, scale,
+                    q[0], k_line, v_line, stride_kt, stride_vt, line_offset, line_offset_again, bias, partner_bias,
+                    gate, partner_gate, block * BLOCK_M, column, stride, length, seq_len - start, loop, scale,
                     TOPOLOGY, EVEN, D, BLOCK_D, WITH_ENTROPY, PRECISION,
                 )
             else:
@@ -225,14 +255,15 @@ def _run_of_lines(
                         query_position, key_position, length, loop, reach[:, None], decline, partner_decline, FORM, ARCS
                     )
                 (y, maximum, total, spread_total, partner_maximum, partner_total, partner_spread) = _whole_line(
-                    q, k_line, v_line, stride_kt, stride_vt, line, key_position, bias, partner_bias, gate, partner_gate,
-                    stride, slope, num_lines, length, seq_len - start, scale, STRAIGHT, TOPOLOGY, ARCS, EVEN, D,
-                    BLOCK_D, WITH_ENTROPY, PRECISION,
+                    q, k_line, v_line, stride_kt, stride_vt, line, key_position, bias, partner_bias, gate,
+                    partner_gate, stride, slope, num_lines, length, seq_len - start, scale, STRAIGHT, TOPOLOGY, ARCS,
+                    EVEN, BLOCK_M, D, BLOCK_D, PARTS, WITH_ENTROPY, PRECISION,
                 )
-            _write_rows(
-                partial_base, lse_ptr, entropy_ptr, start, query_position, query_token, query_valid, queries,
-                partner_queries, seq_len, global_head, stream, y, maximum, total, spread_total, partner_maximum,
-                partner_total, partner_spread, ARCS, D, BLOCK_D, WITH_LSE, WITH_ENTROPY,
+            store_parts(partial_base + start * D, query_token, query_valid, D, y, D, BLOCK_D, PARTS)
+            _write_statistics(
+                lse_ptr, entropy_ptr, start, query_position, query_token, query_valid, queries, partner_queries,
+                seq_len, global_head, stream, maximum, total, spread_total, partner_maximum, partner_total,
+                partner_spread, ARCS, WITH_LSE, WITH_ENTROPY,
             )
 
 
@@ -242,10 +273,10 @@ def lines_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     n_major, n_minor, winding, seq_len, first_head, heads, group, scale,
     TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FAMILIES: tl.constexpr, GRID_FAMILIES: tl.constexpr,
-    WHOLE: tl.constexpr, EVEN: tl.constexpr, FOLD: tl.constexpr, KEEP_BIAS: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr, FOLD: tl.constexpr, BLOCK_C: tl.constexpr,
     LINES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr,
-    WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr,
+    HAS_FIRST_KEY: tl.constexpr, WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Partial sums of the line families in ``GRID_FAMILIES`` for a chunk of heads.
 
@@ -274,22 +305,25 @@ def lines_kernel(
             _run_of_lines(
                 q_base, k_base, v_base, weights_ptr, decay_ptr, first_key_ptr, partial_base, lse_ptr, entropy_ptr,
                 stride_qt, stride_kt, stride_vt, n_major, n_minor, winding, seq_len, scale, batch, head, global_head,
-                family, first_line, block, TOPOLOGY, FORM, False, STREAMS, WHOLE, EVEN, FOLD, KEEP_BIAS, BLOCK_C,
-                LINES, BLOCK_M, BLOCK_N, D, BLOCK_D, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY, PRECISION,
+                family, first_line, block, TOPOLOGY, FORM, False, STREAMS, WHOLE, EVEN, FOLD, BLOCK_C,
+                LINES, BLOCK_M, BLOCK_N, D, BLOCK_D, PARTS, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY,
+                PRECISION,
             )
     elif (TOPOLOGY == CYLINDER) and (family == MINOR):
         if GRID_FAMILIES & 2:
             _run_of_lines(
                 q_base, k_base, v_base, weights_ptr, decay_ptr, first_key_ptr, partial_base, lse_ptr, entropy_ptr,
                 stride_qt, stride_kt, stride_vt, n_major, n_minor, winding, seq_len, scale, batch, head, global_head,
-                family, first_line, block, TOPOLOGY, CLOSED, True, STREAMS, WHOLE, EVEN, FOLD, KEEP_BIAS, BLOCK_C,
-                LINES, BLOCK_M, BLOCK_N, D, BLOCK_D, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY, PRECISION,
+                family, first_line, block, TOPOLOGY, CLOSED, True, STREAMS, WHOLE, EVEN, FOLD, BLOCK_C,
+                LINES, BLOCK_M, BLOCK_N, D, BLOCK_D, PARTS, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY,
+                PRECISION,
             )
     else:
         if GRID_FAMILIES & 3:
             _run_of_lines(
                 q_base, k_base, v_base, weights_ptr, decay_ptr, first_key_ptr, partial_base, lse_ptr, entropy_ptr,
                 stride_qt, stride_kt, stride_vt, n_major, n_minor, winding, seq_len, scale, batch, head, global_head,
-                family, first_line, block, TOPOLOGY, FORM, True, STREAMS, WHOLE, EVEN, FOLD, KEEP_BIAS, BLOCK_C,
-                LINES, BLOCK_M, BLOCK_N, D, BLOCK_D, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY, PRECISION,
+                family, first_line, block, TOPOLOGY, FORM, True, STREAMS, WHOLE, EVEN, FOLD, BLOCK_C,
+                LINES, BLOCK_M, BLOCK_N, D, BLOCK_D, PARTS, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY,
+                PRECISION,
             )

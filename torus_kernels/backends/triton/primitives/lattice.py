@@ -236,6 +236,12 @@ def _around_loop(steps, loop, SCALE: tl.constexpr):
 
 
 @triton.jit
+def _within(steps, low, high):
+    """Whether ``low <= steps <= high``, by one comparison: those less their mean are at most half as many."""
+    return tl.abs(steps - (high + low) * 0.5) <= (high - low) * 0.5
+
+
+@triton.jit
 def arcs(steps, loop, max_step, FORM: tl.constexpr):
     """What the two arcs of a loop see, and the squared distance in steps: ``(forward, backward, squared)``.
 
@@ -247,10 +253,8 @@ def arcs(steps, loop, max_step, FORM: tl.constexpr):
         forward = side <= 0
         backward = side >= 0
     elif FORM == OPEN_PAST:
-        near = tl.minimum(loop // 2, max_step).to(tl.float32)
-        far = (loop - loop // 2).to(tl.float32)
-        forward = (steps >= 0) & (steps <= near)
-        backward = (steps == 0) | ((steps >= far) & (steps <= max_step.to(tl.float32)))
+        forward = _within(steps, 0, tl.minimum(loop // 2, max_step))
+        backward = _within(steps, loop - loop // 2, max_step) | (steps == 0)
         distance = steps
     else:
         forward = steps >= 0
@@ -260,11 +264,24 @@ def arcs(steps, loop, max_step, FORM: tl.constexpr):
 
 
 @triton.jit
-def arc_ceilings(steps, loop):
-    """`arcs` of a closed line without comparisons: ``(forward, backward, squared)``, where an exponent (base 2) that is
-    cut to ``forward`` stays as it is, or infinite, where the arc sees the key, and gives zero elsewhere."""
-    side, distance = _around_loop(steps, loop, 4096.0)  # at least 2048 from zero, or zero at the ends of the arcs
-    return 1024.0 - side, 1024.0 + side, distance * distance
+def _ceiling(steps, low, high):
+    """`_within` as a ceiling: at least 1024 where it holds, at most -1024 elsewhere, for steps that are whole."""
+    return (high - low) * 2048.0 + 1024.0 - tl.abs(steps - (high + low) * 0.5) * 4096.0
+
+
+@triton.jit
+def arc_ceilings(steps, loop, max_step, FORM: tl.constexpr):
+    """`arcs` without comparisons: ``(forward, backward, squared)``, where an exponent (base 2) that is cut to
+    ``forward`` stays as it is, or infinite, where the arc sees the key, and gives zero elsewhere. Not for OPEN_BOTH."""
+    if FORM == CLOSED:
+        side, distance = _around_loop(steps, loop, 4096.0)  # at least 2048 from zero, or zero at the ends of the arcs
+        forward = 1024.0 - side
+        backward = 1024.0 + side
+    else:
+        distance = steps
+        forward = _ceiling(steps, 0, tl.minimum(loop // 2, max_step))
+        backward = tl.maximum(_ceiling(steps, loop - loop // 2, max_step), _ceiling(steps, 0, 0))
+    return forward, backward, distance * distance
 
 
 @triton.jit
@@ -275,7 +292,7 @@ def strand(steps, loop, max_step, FORM: tl.constexpr):
         visible = tl.full(steps.shape, True, tl.int1)
     elif FORM == OPEN_PAST:
         distance = steps
-        visible = (steps >= 0) & (steps <= max_step.to(tl.float32))
+        visible = _within(steps, 0, max_step)
     else:
         distance = steps
         visible = tl.abs(steps) < loop.to(tl.float32)
@@ -284,19 +301,21 @@ def strand(steps, loop, max_step, FORM: tl.constexpr):
 
 @triton.jit
 def folded_steps(offset, column, half):
-    """The two arcs of a closed loop of even length L = 2H, folded: steps ``[M, N]`` from queries ``[M]`` to columns
-    ``[N]``.
+    """The two arcs of a closed loop of even length L = 2H, folded: ``(steps, partner_steps)``, ``[M, N]`` from queries
+    ``[M]`` to columns ``[N]``.
 
-    Step k of the forward arc and step k + H of the backward arc are congruent modulo H. So of the keys at positions
-    ``block + column - n * H`` the query at ``block + offset`` sees exactly one on either arc: the forward arc's is
-    ``step`` steps behind, 0 <= step < H, and the backward arc's H more. The forward key has n = 0 where
-    ``offset >= column`` and n = 1 elsewhere, the backward key one more, and n = 2 is n = 0 around the line. An arc's
-    other end, step H of the forward and 0 of the backward arc, is the other arc's key and the caller's to add.
+    Step k of the forward arc and step H - k of the backward arc are congruent modulo H. So of the keys at positions
+    ``block + column`` and ``block + column - H`` the query at ``block + offset`` sees one on either arc, ``steps`` and
+    ``partner_steps`` away, both from 1 to H. The first, the nearer one, is the forward key where ``offset > column``
+    and the backward key where ``offset < column``. Where they are equal it is the query's own key, which both arcs see
+    and which is the caller's to add, and the other lies half a loop away on both.
 
     Offsets lie in [0, H); a column beyond H has no meaning.
     """
-    step = line_steps(offset, column, True)
-    return tl.where(step < 0, step + half, step)
+    ahead = line_steps(offset, column, True)
+    near = tl.abs(ahead)
+    far = half - near
+    return tl.where(ahead > 0, near, far), tl.where(ahead < 0, near, far)
 
 
 @triton.jit

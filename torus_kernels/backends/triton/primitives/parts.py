@@ -43,12 +43,71 @@ def store_parts(base, token, valid, stride_token, parts, D: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def accumulate_parts(
+    base, token, valid, parts, ACCUMULATE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr
+):
+    """Writes rows in parts to a workspace of contiguous rows, on top of what is there where ACCUMULATE, one part after
+    the other."""
+    WIDTH: tl.constexpr = BLOCK_D // PARTS
+    for part in tl.static_range(PARTS):
+        rows = parts[part]
+        if ACCUMULATE:
+            rows += load_rows(base + part * WIDTH, token, valid, D, D - part * WIDTH, WIDTH)
+        store_rows(base + part * WIDTH, token, valid, D, rows, D - part * WIDTH, WIDTH)
+
+
+@triton.jit
 def scaled_parts(parts, factor, PARTS: tl.constexpr):
     """Rows in parts times a factor that broadcasts against each, in float32."""
     scaled = ()
     for part in tl.static_range(PARTS):
         scaled += (factor * parts[part].to(tl.float32),)
     return scaled
+
+
+@triton.jit
+def sum_of_parts(a, b, PARTS: tl.constexpr):
+    """The sum of two rows in parts."""
+    added = ()
+    for part in tl.static_range(PARTS):
+        added += (a[part] + b[part],)
+    return added
+
+
+@triton.jit
+def add_slots(
+    parts, base, slot_size, token, valid, NUM_SLOTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Rows in parts and those of the first slots of a workspace of contiguous rows, added in the order of slots;
+    ``base`` points at token 0 in the first slot."""
+    WIDTH: tl.constexpr = BLOCK_D // PARTS
+    added = ()
+    for part in tl.static_range(PARTS):
+        rows = parts[part]
+        if BLOCK_D > 64:
+            # One slot after the other: all at once they take the registers of a row each.
+            for slot in tl.range(NUM_SLOTS, num_stages=1):
+                rows += load_rows(
+                    base + slot * slot_size + part * WIDTH, token, valid, D, D - part * WIDTH, WIDTH
+                )
+        else:
+            for slot in tl.static_range(NUM_SLOTS):
+                rows += load_rows(
+                    base + slot * slot_size + part * WIDTH, token, valid, D, D - part * WIDTH, WIDTH
+                )
+        added += (rows,)
+    return added
+
+
+@triton.jit
+def towards(a, b, rate, PARTS: tl.constexpr):
+    """``a + rate * (b - a)`` of rows in parts, in float32; ``rate`` broadcasts against a part."""
+    moved = ()
+    for part in tl.static_range(PARTS):
+        start = a[part].to(tl.float32)
+        moved += (start + rate * (b[part] - start),)
+    return moved
 
 
 @triton.jit
@@ -70,9 +129,11 @@ def cast_to_parts(tile, rows, sums, PARTS: tl.constexpr, PRECISION: tl.constexpr
 
 
 @triton.jit
-def twice_to_parts(tile, rows, sums, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+def twice_to_parts(
+    tile, rows, sums, PARTS: tl.constexpr, PRECISION: tl.constexpr, ROUNDED: tl.constexpr = False
+):
     """`dot_twice` of a tile with rows in parts, on top of sums in parts."""
     added = ()
     for part in tl.static_range(PARTS):
-        added += (dot_twice(tile, rows[part], PRECISION, sums[part]),)
+        added += (dot_twice(tile, rows[part], PRECISION, sums[part], ROUNDED),)
     return added

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .parts import scaled_parts
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -29,12 +31,6 @@ def masked(scores, visible):
 def anchor(maximum):
     """A row's maximum as exponents are taken from it: 0 in a row that sees nothing (yet), which then sums to 0."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
-
-
-@triton.jit
-def row_maximum(scores):
-    """Anchored row maxima ``[BLOCK_M]``."""
-    return anchor(tl.max(scores, axis=1))
 
 
 @triton.jit
@@ -71,20 +67,28 @@ def accumulate(scores, offsets, maximum, total, spread_total, BLOCKS: tl.constex
 
 
 @triton.jit
-def mixing(gate, total, partner_gate, partner_total, PAIR: tl.constexpr):
-    """Factors of two streams' exponentials and the factor that is left for their common product with V.
+def mixing(gate, total, partner_gate, partner_total, PAIR: tl.constexpr, NARROW: tl.constexpr):
+    """Factors of two streams' exponentials, and what `mixed` multiplies their common product with V by.
 
-    The larger factor of a row is 1, so that low precision keeps what small gates multiply. A stream without a
-    partner leaves everything to the last.
+    A stream without a partner leaves everything to the last. Numbers of float16, NARROW, do not reach far enough down
+    for what small gates multiply: there the larger gate of a row is left too.
     """
-    factor = gate / total
-    if PAIR:
-        partner_factor = partner_gate / partner_total
-        norm = tl.maximum(tl.abs(factor), tl.abs(partner_factor))
-        norm = tl.where(norm == 0, 1.0, norm)
-        return factor / norm, partner_factor / norm, norm
-    else:
+    if not PAIR:
+        factor = gate / total
         return factor, factor, factor
+    if NARROW:
+        norm = tl.maximum(tl.abs(gate), tl.abs(partner_gate))
+        norm = tl.where(norm == 0, 1.0, norm)
+        return gate / norm / total, partner_gate / norm / partner_total, norm
+    return gate / total, partner_gate / partner_total, gate
+
+
+@triton.jit
+def mixed(y, norm, PAIR: tl.constexpr, NARROW: tl.constexpr, PARTS: tl.constexpr):
+    """The partial sum: the product with V, in parts, of exponentials times factors by `mixing`."""
+    if PAIR and not NARROW:
+        return y
+    return scaled_parts(y, norm[:, None], PARTS)
 
 
 @triton.jit

@@ -46,7 +46,7 @@ def hidden_zero(seq_len):
 @triton.jit
 def row_pointers(base, token, stride_token, BLOCK_D: tl.constexpr):
     """Pointers ``[BLOCK, BLOCK_D]`` of rows at tokens; ``base`` points at channel 0 of token 0 of a head."""
-    return base + (token.to(tl.int64) * stride_token)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    return (base + tl.arange(0, BLOCK_D))[None, :] + (token.to(tl.int64) * stride_token)[:, None]
 
 
 @triton.jit

@@ -10,7 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lattice import CAUSAL, CYLINDER, PERIODIC
+from .lattice import CAUSAL, CYLINDER, MAX_TOKENS, PERIODIC
+
+_FURTHEST = tl.constexpr(5 << 28)  # see `near_token`
+_MEMORY = tl.constexpr(MAX_TOKENS)  # no sequence is longer
 
 
 @triton.jit
@@ -95,14 +98,27 @@ def bias_along(displacement, low, high, slope):
 
 
 @triton.jit
-def memory_of(token, n_major, n_minor):
-    """The oldest token (int64) that the causal topology lets tokens see."""
-    return tl.maximum(token - (n_major.to(tl.int64) * n_minor - 1), 0)
+def memory(n_major, n_minor):
+    """Tokens (int32) that the causal topology lets a token look back."""
+    return tl.minimum(n_major.to(tl.int64) * n_minor - 1, _MEMORY).to(tl.int32)
 
 
 @triton.jit
-def in_sight(key_token, newest, oldest, seq_len):
-    """Whether time lets queries see keys, int64 tokens that broadcast; keys that do not exist are never seen."""
-    # A sequence has less than 2**31 tokens, and those of no meaning may be anything.
-    time = tl.where((key_token >= 0) & (key_token < seq_len), key_token, -1).to(tl.int32)
-    return (time <= newest.to(tl.int32)) & (time >= oldest.to(tl.int32))
+def memory_of(token, n_major, n_minor):
+    """The oldest token (int32) that the causal topology lets tokens see."""
+    return tl.maximum(token.to(tl.int32) - memory(n_major, n_minor), 0)
+
+
+@triton.jit
+def near_token(token):
+    """Part of a token by `tokens_on_axis` in 32 bits. Those of tokens that exist lie within; further away, where the
+    sum of both parts is no token, they are cut, so that differences with tokens do not overflow."""
+    return tl.minimum(tl.maximum(token, -_FURTHEST), _FURTHEST).to(tl.int32)
+
+
+@triton.jit
+def between(token, first, last):
+    """Whether tokens ``[N]`` are within the bounds of rows ``[M]``, which are less than 2**30 apart: ``[M, N]``."""
+    # One comparison for two: what lies below the first is very large without a sign.
+    width = tl.where(last >= first, last - first + 1, 0).to(tl.uint32)
+    return (token[None, :] - first[:, None]).to(tl.uint32) < width[:, None]
