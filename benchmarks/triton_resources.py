@@ -40,6 +40,7 @@ RECORDED = {
     "field-4k-grouped": Recorded(_FIELD, (torch.bfloat16, torch.float32), kv_heads=2),
     "text-4k-grouped": Recorded(WORKLOADS["text-4k"], _BF16, kv_heads=4),
     "field-4k-d32": Recorded(dataclasses.replace(_FIELD, head_dim=32), _BF16),
+    "field-4k-d128": Recorded(dataclasses.replace(_FIELD, head_dim=128), _BF16),
     "field-4k-d256": Recorded(dataclasses.replace(_FIELD, head_dim=256), _BF16),
     "text-4k-d256": Recorded(dataclasses.replace(WORKLOADS["text-4k"], head_dim=256), _BF16),
 }

@@ -178,6 +178,18 @@ class TestRecord:
                     for kernel, numbers in kernels.items() if numbers["spills"] > 0]
         assert spilling == []
 
+    @pytest.mark.parametrize("name", ["field-16k", "field-64k"])
+    def test_large_fields_meet_the_target(self, name):
+        """20 instructions a score in the inner loops of the forward; of what misses it `NOTES.md` tells why."""
+        kernels = RECORDED["cases"][f"{name} bfloat16 sm_90 forward"]
+        assert all(numbers["per_score"] <= 20 for numbers in kernels.values())
+
+    def test_cross_flows_of_fields_meet_the_target(self):
+        numbers = [kernels["cross_kernel"]["per_score"] for case, kernels in RECORDED["cases"].items()
+                   if case.endswith("forward") and "float16" in case and "-d" not in case and "text" not in case]
+        assert len(numbers) >= 20
+        assert max(numbers) <= 20
+
     def test_what_rose_is_named(self):
         before = {"case": {"kernel": {"spills": 0, "per_score": 20}, "other": {"spills": 3}}}
         after = {"case": {"kernel": {"spills": 1, "per_score": 21}, "other": {"spills": 2}},
@@ -210,6 +222,13 @@ class TestLaunches:
         codes = sass.compile_launches(lambda: sass.launch_attention(workload, torch.float32, backward=True), 80)
         by_queries, = (code for code in codes if code.name == "lines_by_queries")
         assert by_queries.constants["ONE_TILE"]
+
+    @pytest.mark.parametrize(
+        "device, configured", [((8, 6), (8, 6)), ((9, 0), (9, 0)), ((10, 0), (10, 0)), ((12, 0), (8, 9))]
+    )
+    def test_what_multiplies_as_sm_80_does_is_configured_so(self, device, configured, monkeypatch):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: device)
+        assert launching.capability.__wrapped__(torch.device("cuda")) == configured
 
     @pytest.mark.parametrize("radius", [(3, 7), (7, 3), (2, 2)])
     def test_a_cross_flow_is_walked_along_its_short_axis(self, radius):

@@ -21,7 +21,8 @@ SELECTED = {
     "test_streams.py": "test_statistics and cylinder and 1-2-6 "
                        "or far_below and periodic and minor_forward and bfloat16",
     # Channels in parts; lines that fill several blocks.
-    "test_precision.py": "test_head_dimensions and 6x4 and 40 and bfloat16 or several_blocks and 128x2 and bfloat16",
+    "test_precision.py": "test_head_dimensions and 6x4 and 40 and bfloat16 or several_blocks and 128x2 and bfloat16 "
+                         "or several_blocks and 16x2 and float16 or many_channels and causal and 72",
     "test_causal.py": "oldest_visible or one_token or first_key_in_64 or first_key_beyond "
                       "or (no_gradient or forgotten) and 2x2",
     "test_dispatch.py": "TestOpcheck and (packed and float32 or ema or multiscale or rope) "
@@ -37,7 +38,7 @@ SELECTED = {
 # The same with the tiles and launches of sm_90; the interpreter's own device is an sm_80.
 SELECTED_AS_90 = {
     "test_golden.py": "float16 and (2x2 or periodic_6x4)",
-    "test_precision.py": "several_blocks and 128x2 and bfloat16",
+    "test_precision.py": "several_blocks and 128x2 and bfloat16 or many_channels and cylinder and 72",
     "test_robustness.py": "another_head and 9x12 and bfloat16",
 }
 
