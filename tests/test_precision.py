@@ -43,7 +43,7 @@ def test_lattices_beyond_one_tile(backend, lattice, seq_len, dtype):
 @pytest.mark.parametrize(
     "lattice, seq_len",
     [(TorusLattice(128, 2), None), (TorusLattice(2, 66, winding=33), None), (TorusLattice(68, 2, "cylinder"), None),
-     (TorusLattice(66, 2, "causal"), 140), (TorusLattice(16, 2, "causal"), 32)],
+     (TorusLattice(256, 2), None), (TorusLattice(66, 2, "causal"), 140), (TorusLattice(16, 2, "causal"), 32)],
     ids=label,
 )
 def test_lines_of_several_blocks(backend, lattice, seq_len, dtype):

@@ -38,7 +38,8 @@ SELECTED = {
 # The same with the tiles and launches of sm_90; the interpreter's own device is an sm_80.
 SELECTED_AS_90 = {
     "test_golden.py": "float16 and (2x2 or periodic_6x4)",
-    "test_precision.py": "several_blocks and 128x2 and bfloat16 or many_channels and cylinder and 72",
+    "test_precision.py": "several_blocks and 128x2 and bfloat16 or several_blocks and 256x2 and float16 "
+                         "or many_channels and cylinder and 72",
     "test_robustness.py": "another_head and 9x12 and bfloat16",
 }
 

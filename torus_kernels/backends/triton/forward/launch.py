@@ -173,12 +173,19 @@ def _band_launch(
     of_loops, of_spirals = tiles[dtype != torch.float32, max(64, block_d(head_dim))]
     loops = families[0].family < 2
     block_m, block_n, num_warps, num_stages, parts = of_loops if loops else of_spirals
-    if families[0].form == OPEN_PAST.value and _light(head_dim, dtype):
+    past, light = families[0].form == OPEN_PAST.value, _light(head_dim, dtype)
+    if past and light:
         num_stages = 1  # of two or three steps nothing is gained by more, and they take registers
-    even = block_m % block_n == 0 and all(
-        family.form == CLOSED.value and family.length % block_m == family.loop // 2 % block_n == 0
-        for family in families
-    )
+    closed = all(family.form == CLOSED.value for family in families)
+    if loops:
+        # Blocks of keys are counted from the block of queries.
+        even = closed and block_m % block_n == 0 and all(
+            family.length % block_m == family.loop // 2 % block_n == 0 for family in families
+        )
+    else:
+        if closed and light and capability >= (9, 0) and all(family.length % 128 == 0 for family in families):
+            block_n = 128  # all of the line is visited: no more scores, of which more share what a step costs
+        even = closed and all(family.length % block_m == family.length % block_n == 0 for family in families)
     return LineLaunch(families, _mask(families), False, False, even, 1, block_m, block_n, MIN_BLOCK, num_warps,
                       num_stages, parts)
 
