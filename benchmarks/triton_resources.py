@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import sass
+from . import machine_code, sass
 from .workloads import WORKLOADS, Workload
 
 CAPABILITIES = (80, 90)
@@ -66,14 +66,14 @@ def cases(names: Sequence[str] = tuple(RECORDED)) -> Iterator[tuple[str, torch.d
                 yield from ((name, dtype, capability, backward) for backward in (False, True))
 
 
-def compile_case(name: str, dtype: torch.dtype, capability: int, backward: bool) -> list[sass.Code]:
+def compile_case(name: str, dtype: torch.dtype, capability: int, backward: bool) -> list[machine_code.Code]:
     """The kernels of a pass over a workload, in its default configurations."""
     workload, _, kv_heads = RECORDED[name]
     return sass.compile_launches(
         lambda: sass.launch_attention(workload, dtype, backward=backward, kv_heads=kv_heads), capability)
 
 
-def _scores(code: sass.Code) -> int:
+def _scores(code: machine_code.Code) -> int:
     """Scores that a program makes in one turn of its last inner loop: a tile of queries by a block of keys. Folded, the
     block is two halves of a line."""
     sides = {side: code.constants.get(side, 1) for side in ("BLOCK_M", "BLOCK_N", "TILE_U", "TILE_V", "ROWS")}
@@ -82,7 +82,7 @@ def _scores(code: sass.Code) -> int:
     return math.prod(sides.values())
 
 
-def per_score(code: sass.Code) -> float | None:
+def per_score(code: machine_code.Code) -> float | None:
     """Instructions for each score in the costliest inner loop that makes scores; where a program makes its scores once
     and without a loop, those of the longest way through the kernel, loads and stores and all; None for a kernel that
     makes none."""
@@ -97,10 +97,10 @@ def per_score(code: sass.Code) -> float | None:
         )
     if code.count("MUFU.EX2") < _MIN_EXPONENTIALS:
         return None
-    return code.per_score(sass.longest_way(code.instructions), scores)
+    return code.per_score(machine_code.longest_way(code.instructions), scores)
 
 
-def resources(codes: Sequence[sass.Code]) -> dict[str, dict[str, int]]:
+def resources(codes: Sequence[machine_code.Code]) -> dict[str, dict[str, int]]:
     """The worst of each kernel over its launches: instructions for each score, rounded up, and spilling instructions of
     a thread."""
     found: dict[str, dict[str, int]] = {}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import sass
+from benchmarks import machine_code
 from torus_kernels import building
 
 ARCHITECTURES = ("sm_80", "sm_90a")
@@ -53,8 +53,8 @@ def library():
 @pytest.fixture(scope="module")
 def codes(library):
     try:
-        return sass.read_library(library)
-    except sass.NoDisassembler as error:
+        return machine_code.read_library(library)
+    except machine_code.NoDisassembler as error:
         pytest.skip(f"nothing here reads machine code: {error}")
 
 

@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton.language as tl  # noqa: E402
 
-from benchmarks import sass, triton_resources  # noqa: E402
+from benchmarks import machine_code, sass, triton_resources  # noqa: E402
 from benchmarks.triton_resources import CAPABILITIES  # noqa: E402
 from torus_kernels.backends.triton import launching  # noqa: E402
 
@@ -30,8 +30,8 @@ them anew with ``python -m benchmarks.triton_resources``, which refuses to recor
 @pytest.fixture(scope="module", autouse=True)
 def _disassembler():
     try:
-        sass.disassembler()
-    except sass.NoDisassembler as error:
+        machine_code.disassembler()
+    except machine_code.NoDisassembler as error:
         pytest.skip(f"nothing here reads machine code: {error}")
 
 
@@ -54,13 +54,13 @@ LISTING = """
 
 class TestReader:
     def test_instructions(self):
-        found = sass.parse(LISTING)
+        found = machine_code.parse(LISTING)
         assert [i.opcode for i in found] == ["MOV", "HMMA.16816.F32", "MUFU.EX2", "STL", "NOP", "BRA", "BRA", "BRA",
                                             "EXIT"]
         assert [i.target for i in found] == [None] * 5 + [0x20, 0x10, 0x90, None]
 
     def test_loops(self):
-        outer, inner = sass.find_loops(sass.parse(LISTING))
+        outer, inner = machine_code.find_loops(machine_code.parse(LISTING))
         assert (outer.body[0].address, outer.body[-1].address, outer.innermost) == (0x10, 0x60, False)
         assert (inner.body[0].address, inner.body[-1].address, inner.innermost) == (0x20, 0x50, True)
         assert (len(outer), len(inner)) == (5, 3)  # a NOP is not work
@@ -68,15 +68,15 @@ class TestReader:
         assert outer.count("MUF", "HMMA.16816") == 1
 
     def test_code(self):
-        code = sass.Code("kernel", {}, 4, 16, 8, 0, tuple(sass.parse(LISTING)))
+        code = machine_code.Code("kernel", {}, 4, 16, 8, 0, tuple(machine_code.parse(LISTING)))
         assert code.uses_tensor_cores
         assert code.spills == 1
         assert code.per_score(len(code.loops[1]), 64) == 3 * 128 / 64
 
     def test_longest_way(self):
         # The branch back is not taken, the one ahead leaves out the EXIT and ends at the last branch.
-        assert [i.goes_on for i in sass.parse(LISTING)] == [True] * 8 + [False]
-        assert sass.longest_way(sass.parse(LISTING)) == 8
+        assert [i.goes_on for i in machine_code.parse(LISTING)] == [True] * 8 + [False]
+        assert machine_code.longest_way(machine_code.parse(LISTING)) == 8
         branching = """
         /*0000*/              @!P0 BRA 0x40 ;
         /*0010*/                   IADD3 R1, R1, R1, RZ ;
@@ -85,7 +85,7 @@ class TestReader:
         /*0040*/                   IADD3 R1, R1, R1, RZ ;
         /*0050*/                   EXIT ;
         """
-        assert sass.longest_way(sass.parse(branching)) == 5  # and not the addition at 0x40
+        assert machine_code.longest_way(machine_code.parse(branching)) == 5  # and not the addition at 0x40
 
     @pytest.mark.parametrize("capability", CAPABILITIES)
     def test_a_kernel_whose_work_is_known(self, capability):
@@ -129,11 +129,11 @@ def _launch_known(x: torch.Tensor, **options: int) -> None:
 
 
 @functools.cache
-def attention_codes(name: str, dtype: torch.dtype, capability: int, backward: bool) -> list[sass.Code]:
+def attention_codes(name: str, dtype: torch.dtype, capability: int, backward: bool) -> list[machine_code.Code]:
     return triton_resources.compile_case(name, dtype, capability, backward)
 
 
-def check_resources(code: sass.Code, capability: int) -> None:
+def check_resources(code: machine_code.Code, capability: int) -> None:
     if triton.__version__ == RECORDED["triton"]:  # another compiler spills elsewhere
         assert code.spills == code.local_bytes == 0, code.describe()
     assert code.shared_bytes <= sass.SHARED_MEMORY[capability], code.describe()
