@@ -175,6 +175,13 @@ def test_first_key_before_the_sequence_hides_nothing(backend, first):
     assert_same_up_to_rounding(out, backend.attention(**problem.arguments()))
 
 
+def test_the_lowest_first_key_of_64_bits_hides_nothing(backend):
+    problem = causal_problem(backend, TorusLattice(4, 6, "causal"), 40)
+    first_key = torch.full((1, 40), torch.iinfo(torch.int64).min, device=backend.device)
+    out = backend.attention(**problem.replace(first_key=first_key).arguments())
+    assert_same_up_to_rounding(out, backend.attention(**problem.arguments()))
+
+
 def test_first_key_in_64_bits_is_not_cut_to_32(backend):
     problem = causal_problem(backend, LATTICES[1], 40)
     first_key = torch.full((1, 40), 2**32, device=backend.device)

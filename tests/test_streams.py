@@ -38,6 +38,24 @@ def test_left_out_is_weight_zero(backend, place, streams, token_weights):
     assert (some["d_decay"][..., left_out] == 0).all()
 
 
+@pytest.mark.parametrize("decay", [-3e38, 3e38])
+@pytest.mark.parametrize("streams", [[0, 2, 4, 6], [1, 3, 5, 7]], ids=label)
+@pytest.mark.parametrize(
+    "lattice, seq_len",
+    [*PLACES.values(), (TorusLattice(66, 2), None), (TorusLattice(66, 2, "causal"), 140)],
+    ids=label,
+)
+def test_the_decay_of_a_stream_left_out_does_not_matter(backend, lattice, seq_len, streams, decay):
+    backend.require(lattice)
+    problem = make_problem(restricted(lattice, streams), seq_len, batch=1, heads=2, head_dim=8)
+    problem = problem.to(backend.exact_dtype, backend.device)
+    extreme = problem.decay.clone()
+    extreme[:, [s for s in Stream if s not in streams]] = decay
+    expected, found = (evaluate(backend.attention, problem.replace(decay=of)) for of in (problem.decay, extreme))
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
 @pytest.mark.parametrize("streams", [range(8), [5], [1, 2, 6], [0, 3, 4, 7]], ids=label)
 @pytest.mark.parametrize("place", PLACES)
 def test_statistics(backend, place, streams):

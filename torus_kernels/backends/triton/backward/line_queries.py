@@ -14,7 +14,6 @@ from ..primitives.lattice import (
     CLOSED,
     CYLINDER,
     MINOR,
-    NUM_STREAMS,
     OPEN_BOTH,
     OPEN_PAST,
     PERIODIC,
@@ -29,6 +28,7 @@ from .line import line_base, line_of, queries_of_line, visibility
 from .operands import (
     ROW_NUMBERS,
     inverse,
+    load_decay,
     load_stream,
     partial_of,
     probabilities,
@@ -92,10 +92,10 @@ def _queries_of_line(
     STRAIGHT: tl.constexpr = ARCS or TOPOLOGY == CAUSAL
     shape = line_of(family, line, n_major, n_minor, winding, seq_len, ARCS, FORM, TOPOLOGY)
     _, stride, slope, num_lines, length, max_step, unit, stream, start = shape
-    decline = bias_slope(tl.load(operands.decay + head * NUM_STREAMS + stream), unit)
+    decline = bias_slope(load_decay(operands, head, stream, STREAMS), unit)
     partner_decline = decline
     if ARCS:
-        partner_decline = bias_slope(tl.load(operands.decay + head * NUM_STREAMS + stream + 1), unit)
+        partner_decline = bias_slope(load_decay(operands, head, stream + 1, STREAMS), unit)
 
     first_position = block * BLOCK_M
     position = first_position + tl.arange(0, BLOCK_M)

@@ -14,7 +14,6 @@ from ..primitives.lattice import (
     CLOSED,
     CYLINDER,
     MINOR,
-    NUM_STREAMS,
     OPEN_BOTH,
     OPEN_PAST,
     PERIODIC,
@@ -28,6 +27,7 @@ from ..primitives.tiles import hidden_zero
 from .line import line_base, line_of, queries_of_line, visibility
 from .operands import (
     ROW_NUMBERS,
+    load_decay,
     load_row_numbers,
     partial_of,
     probabilities,
@@ -41,7 +41,7 @@ from .whole_line import visit_whole_line
 @triton.jit
 def _visit(
     operands, batch, head, local_head, seq_len, scale, line, shape, begin, k, v, key_position, d_k, d_v,
-    ARCS: tl.constexpr, FORM: tl.constexpr, TOPOLOGY: tl.constexpr, FULL_BLOCKS: tl.constexpr,
+    ARCS: tl.constexpr, FORM: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FULL_BLOCKS: tl.constexpr,
     FULL_ROWS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
@@ -63,17 +63,18 @@ def _visit(
         steps, loop, reach, (key_position < length)[:, None], ARCS, FORM, FULL_BLOCKS, k[0].dtype != tl.float32
     )
     numbers = row_numbers_of(operands, local_head, seq_len, token, stream)
-    decay = operands.decay + head * NUM_STREAMS + stream
     delta, lse, gate, gated_delta = load_row_numbers(numbers, valid, FULL_ROWS)
     probs = probabilities(
-        products, scale * LOG2E, bias_slope(tl.load(decay), unit), squared, lse[None, :], visible
+        products, scale * LOG2E, bias_slope(load_decay(operands, head, stream, STREAMS), unit), squared, lse[None, :],
+        visible,
     )
     if ARCS:
         partner_delta, lse, partner_gate, partner_gated_delta = load_row_numbers(
             numbers + ROW_NUMBERS, valid, FULL_ROWS
         )
         partner_probs = probabilities(
-            products, scale * LOG2E, bias_slope(tl.load(decay + 1), unit), squared, lse[None, :], partner_visible
+            products, scale * LOG2E, bias_slope(load_decay(operands, head, stream + 1, STREAMS), unit), squared,
+            lse[None, :], partner_visible,
         )
     d_probs = dot_parts(v, d_out, PARTS, PRECISION)
     weighted = gate[None, :] * probs
@@ -142,8 +143,8 @@ def _keys_of_line(
             for begin in range(query_begin, query_end, BLOCK_M):
                 d_k, d_v = _visit(
                     operands, batch, kv_head * group + member, local_pair * group + member, seq_len, scale, line, shape,
-                    begin, k, v, key_position, d_k, d_v, ARCS, FORM, TOPOLOGY, FULL_BLOCKS, FULL_ROWS, HAS_FIRST_KEY,
-                    PRECISION, D, BLOCK_D, PARTS, BLOCK_M,
+                    begin, k, v, key_position, d_k, d_v, ARCS, FORM, TOPOLOGY, STREAMS, FULL_BLOCKS, FULL_ROWS,
+                    HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, BLOCK_M,
                 )
     key_position = first_key_position + hidden_zero(seq_len) + tl.arange(0, BLOCK_N)
     key_place = tokens_along(line, key_position, stride, slope, num_lines, ARCS or TOPOLOGY == CAUSAL)

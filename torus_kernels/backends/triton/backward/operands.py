@@ -78,6 +78,12 @@ def takes_part(stream, STREAMS: tl.constexpr):
 
 
 @triton.jit
+def load_decay(operands, head, stream, STREAMS: tl.constexpr):
+    """Decay of a stream; 0 for one that is left out, whose own may be any number."""
+    return tl.load(operands.decay + head * NUM_STREAMS + stream, mask=takes_part(stream, STREAMS), other=0.0)
+
+
+@triton.jit
 def load_gate(gate, row, head, valid, width, column, PER_TOKEN: tl.constexpr):
     """A column of a gate, ``[H, width]`` or ``[B, H, T, width]``, for rows of ``[B, H, T]``; ``[BLOCK]``."""
     if PER_TOKEN:

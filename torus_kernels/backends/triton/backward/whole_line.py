@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..primitives.lattice import CAUSAL, NUM_STREAMS, line_steps, tokens_along
+from ..primitives.lattice import CAUSAL, line_steps, tokens_along
 from ..primitives.parts import (
     accumulate_parts,
     cast_to_parts,
@@ -23,6 +23,7 @@ from .line import queries_of_line, visibility
 from .operands import (
     ROW_NUMBERS,
     inverse,
+    load_decay,
     load_stream,
     partial_of,
     probabilities,
@@ -74,15 +75,16 @@ def visit_whole_line(
         FULL_BLOCKS, False,
     )
     numbers = row_numbers_of(operands, local_head, seq_len, token, stream)
-    decay = operands.decay + head * NUM_STREAMS + stream
     lse, gate = load_stream(operands, batch, head, heads, seq_len, token, valid, stream, STREAMS, GATES)
     probs = probabilities(
-        products, scale * LOG2E, bias_slope(tl.load(decay), unit), squared, lse[:, None], visible
+        products, scale * LOG2E, bias_slope(load_decay(operands, head, stream, STREAMS), unit), squared, lse[:, None],
+        visible,
     )
     if ARCS:
         lse, partner_gate = load_stream(operands, batch, head, heads, seq_len, token, valid, stream + 1, STREAMS, GATES)
         partner_probs = probabilities(
-            products, scale * LOG2E, bias_slope(tl.load(decay + 1), unit), squared, lse[:, None], partner_visible
+            products, scale * LOG2E, bias_slope(load_decay(operands, head, stream + 1, STREAMS), unit), squared,
+            lse[:, None], partner_visible,
         )
     d_probs = dot_parts(d_out, v, PARTS, PRECISION)
     if ARCS:

@@ -71,12 +71,18 @@ def _weights(p, factor, partner_p, partner_factor, ARCS: tl.constexpr):
 
 
 @triton.jit
+def _of_stream(numbers, head, stream, queries):
+    """A number out of ``[H, 8]``; 0 of a stream that is left out, which has no queries, whatever its own is."""
+    return tl.load(numbers + head * NUM_STREAMS + stream, mask=queries > 0, other=0.0)
+
+
+@triton.jit
 def _head_gate(weights_ptr, head, stream, queries, TOKEN_WEIGHTS: tl.constexpr):
-    """Gate of all queries of a head, 0 where the stream has none; of no meaning where they have gates of their own."""
+    """Gate of all queries of a head; of no meaning where they have gates of their own."""
     if TOKEN_WEIGHTS:
         return 0.0
     else:
-        return tl.load(weights_ptr + head * NUM_STREAMS + stream, mask=queries > 0, other=0.0)
+        return _of_stream(weights_ptr, head, stream, queries)
 
 
 @triton.jit
@@ -177,14 +183,14 @@ def _run_of_lines(
     # A stream that is left out has no queries.
     queries = tl.where(((STREAMS >> stream) & 1) != 0, length, 0)
     unit = squared_step(loop, FORM)
-    decline = bias_slope(tl.load(decay_ptr + head * NUM_STREAMS + stream), unit)
+    decline = bias_slope(_of_stream(decay_ptr, head, stream, queries), unit)
     head_gate = _head_gate(weights_ptr, head, stream, queries, TOKEN_WEIGHTS)
     partner_decline = decline
     partner_queries = queries
     partner_head_gate = head_gate
     if ARCS:
-        partner_decline = bias_slope(tl.load(decay_ptr + head * NUM_STREAMS + stream + 1), unit)
         partner_queries = tl.where(((STREAMS >> (stream + 1)) & 1) != 0, length, 0)
+        partner_decline = bias_slope(_of_stream(decay_ptr, head, stream + 1, partner_queries), unit)
         partner_head_gate = _head_gate(weights_ptr, head, stream + 1, partner_queries, TOKEN_WEIGHTS)
 
     query_position = block * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -265,7 +265,7 @@ def arcs(steps, loop, max_step, FORM: tl.constexpr):
 
 @triton.jit
 def _ceiling(steps, low, high):
-    """`_within` as a ceiling: at least 1024 where it holds, at most -1024 elsewhere, for steps that are whole."""
+    """`_within` as a ceiling: at least 1024 where it holds, at most -1024 elsewhere, for whole steps below 2**23."""
     return (high - low) * 2048.0 + 1024.0 - tl.abs(steps - (high + low) * 0.5) * 4096.0
 
 
@@ -328,9 +328,10 @@ def squared_step(loop, FORM: tl.constexpr):
 
 @triton.jit
 def oldest_key(first_key_ptr, batch, token, valid, seq_len):
-    """``min(first_key, t)`` (int64) of tokens ``[BLOCK_M]``: the oldest that packed documents let them see."""
+    """``min(first_key, t)`` (int64, at least 0) of tokens ``[BLOCK_M]``: the oldest that packed documents let them
+    see."""
     first = tl.load(first_key_ptr + batch * seq_len + token, mask=valid, other=0).to(tl.int64)
-    return tl.minimum(first, token)
+    return tl.minimum(tl.maximum(first, 0), token)
 
 
 @triton.jit
