@@ -223,6 +223,13 @@ class TestLaunches:
         by_queries, = (code for code in codes if code.name == "lines_by_queries")
         assert by_queries.constants["ONE_TILE"]
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+    @pytest.mark.parametrize("name", ["field-4k-d128", "field-4k-d256", "text-4k-d256", "text-32k"])
+    def test_wide_heads_fit_where_shared_memory_is_small(self, name, backward):
+        for code in attention_codes(name, torch.bfloat16, 89, backward):
+            assert code.shared_bytes <= sass.SHARED_MEMORY[89], code.describe()
+
     @pytest.mark.parametrize(
         "device, configured", [((8, 6), (8, 6)), ((9, 0), (9, 0)), ((10, 0), (10, 0)), ((12, 0), (8, 9))]
     )
