@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...lattice import Stream, TorusLattice
-from .primitives.lattice import cross_window
+from .primitives.lattice import LineFamily, cross_window
 
 
 @functools.cache
@@ -41,6 +42,22 @@ def chunk_heads(heads: int, head_bytes: int, device: torch.device) -> int:
         chunks = -(-heads // fitting)
         fitting = -(-heads // chunks)  # of even size
     return min(fitting, MAX_GRID_Y)
+
+
+def family_mask(families: Iterable[LineFamily]) -> int:
+    """Line families as kernels take them, a bit for each."""
+    return sum(1 << family.family for family in families)
+
+
+class Blocks(NamedTuple):
+    """How the lines of one size are visited: blocks of queries by blocks of keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    parts: int = 1  # of the channels, each with sums of its own
+    summed: int = 1  # blocks of keys in a step of the backward's sweep for ``delta``, queries first
 
 
 class Flow(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,18 @@ import triton
 from torch import Tensor
 
 from ....lattice import NUM_STREAMS, TorusLattice
-from ..launching import MAX_GRID_Y, Flow, capability, chunk_heads, cross_flows, l2_bytes, on_device, rows
+from ..launching import (
+    MAX_GRID_Y,
+    Blocks,
+    Flow,
+    capability,
+    chunk_heads,
+    cross_flows,
+    family_mask,
+    l2_bytes,
+    on_device,
+    rows,
+)
 from ..primitives.lattice import FAMILY_STREAMS, OPEN_PAST, LineFamily, line_families, line_programs
 from ..primitives.tiles import MIN_BLOCK, block_d, input_precision
 from .cross import cross_by_queries
@@ -20,17 +31,6 @@ from .line_queries import lines_by_queries
 from .lines import lines_by_keys
 from .operands import HAS_STATE, PARAMETER_SUMS, ROW_NUMBERS, TOKEN_ALPHA, TOKEN_WEIGHTS, Operands, Results, Strided
 from .parameters import reduce_parameters
-
-
-class Blocks(NamedTuple):
-    """How the lines of one size are visited: blocks of queries by blocks of keys."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    summed: int = 1  # blocks of keys in a step of the sweep for ``delta``, queries first
-    parts: int = 1  # of the channels, each with sums of its own
 
 
 class LineLaunch(NamedTuple):
@@ -62,10 +62,6 @@ class CrossLaunch(NamedTuple):
     pairs: bool = False  # of rows in a turn of the loop, where they come in pairs
 
 
-def _mask(families: Iterable[LineFamily]) -> int:
-    return sum(1 << family.family for family in families)
-
-
 def _power(n: int, limit: int) -> int:
     return max(MIN_BLOCK, min(limit, triton.next_power_of_2(n)))
 
@@ -78,7 +74,11 @@ def _alike(limit: int, by_queries: Blocks, by_keys: Blocks):
 # By (16-bit, BLOCK_D): the longest line that one block of keys holds, and the blocks of longer ones, queries first and
 # keys first, of loops and of spirals. Chosen among those that compile without spills, by instructions per score.
 _LINES = {
-    (True, 64): (64, (Blocks(64, 32, 4, 2, 2), Blocks(64, 128, 8, 2)), (Blocks(64, 64, 4, 2), Blocks(64, 128, 8, 2))),
+    (True, 64): (
+        64,
+        (Blocks(64, 32, 4, 2, summed=2), Blocks(64, 128, 8, 2)),
+        (Blocks(64, 64, 4, 2), Blocks(64, 128, 8, 2)),
+    ),
     (True, 128): (
         32,
         (Blocks(64, 64, 4, 1, parts=2), Blocks(32, 64, 4, 1, parts=2)),
@@ -91,11 +91,13 @@ _LINES = {
 }
 # Where mma.sync needs more registers than wgmma.
 _EARLY_LINES = {
-    (True, 64): _alike(64, Blocks(64, 32, 4, 2, 2), Blocks(64, 128, 8, 2)),
+    (True, 64): _alike(64, Blocks(64, 32, 4, 2, summed=2), Blocks(64, 128, 8, 2)),
     (True, 128): _alike(32, Blocks(64, 32, 4, 2, parts=2), Blocks(64, 64, 8, 1)),
 }
 # By the first blocks of queries, those that share the cost of a block of keys where lines are long enough.
-_LONG_LINES = {Blocks(64, 32, 4, 2, 2): Blocks(128, 32, 8, 2, 2), Blocks(64, 64, 4, 2): Blocks(128, 64, 8, 2)}
+_LONG_LINES = {
+    Blocks(64, 32, 4, 2, summed=2): Blocks(128, 32, 8, 2, summed=2), Blocks(64, 64, 4, 2): Blocks(128, 64, 8, 2),
+}
 
 
 def _fills_long_blocks(families: tuple[LineFamily, ...], by_queries: Blocks) -> bool:
@@ -224,11 +226,11 @@ def _line_visits(
     all_families = [family for launch in launches for family in launch.families]
     if apart:
         for launch in launches:
-            yield launch, launch.families, _mask(all_families), False
+            yield launch, launch.families, family_mask(all_families), False
         return
     for launch in launches:
         for family in launch.families:
-            yield launch, (family,), _mask([family]), family is not all_families[0]
+            yield launch, (family,), family_mask([family]), family is not all_families[0]
 
 
 class _Plan(NamedTuple):
@@ -267,7 +269,7 @@ def _plan(
     line_calls, first_program = [], 0
     for launch, visited, families, accumulate in _line_visits(launches, apart):
         longest = max(family.length for family in visited)
-        options = {**shared, "FAMILIES": families, "GRID_FAMILIES": _mask(visited), "ACCUMULATE": accumulate}
+        options = {**shared, "FAMILIES": families, "GRID_FAMILIES": family_mask(visited), "ACCUMULATE": accumulate}
         numbers = (first_program, programs)
         if launch.queries is not None:
             queries = launch.queries

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ....lattice import TorusLattice
-from ..launching import Flow, capability, chunk_heads, cross_flows, on_device, rows
+from ..launching import Blocks, Flow, capability, chunk_heads, cross_flows, family_mask, on_device, rows
 from ..primitives.lattice import (
     CLOSED,
     FAMILY_STREAMS,
@@ -59,16 +59,6 @@ class CrossLaunch(NamedTuple):
     parts: int = 1  # of the channels, each with sums of its own
 
 
-class Blocks(NamedTuple):
-    """How lines of one size are visited: blocks of queries, by blocks of keys where a block does not hold a line."""
-
-    block_m: int
-    block_n: int | None
-    num_warps: int
-    num_stages: int
-    parts: int = 1  # of the channels, each with sums of its own
-
-
 def _alike(blocks: Blocks) -> tuple[Blocks, Blocks]:
     """An entry of the tables below with the same blocks for loops and for spirals."""
     return blocks, blocks
@@ -79,15 +69,15 @@ _MIN_FOLD = 32  # columns
 _SMALL_TILE = 32 * 32  # scores
 _MAX_ROWS = 32 * 128  # numbers in a block of float32 queries, of which loops that are not folded make two sums
 
-# By (16-bit, BLOCK_D), of lines that one block of keys holds. Chosen, as those below, among those that compile without
-# spills, by instructions for each query.
+# By (16-bit, BLOCK_D), of lines that one block of keys holds, with the longest of them. Chosen, as those below, among
+# those that compile without spills, by instructions for each query.
 _WHOLE = {
-    (True, 64): Blocks(64, None, 4, 2),
-    (True, 128): Blocks(64, None, 4, 1, 2),
-    (True, 256): Blocks(64, None, 4, 2, 8),
-    (False, 64): Blocks(32, None, 8, 2),
-    (False, 128): Blocks(32, None, 8, 2),
-    (False, 256): Blocks(32, None, 8, 2),
+    (True, 64): Blocks(64, 128, 4, 2),
+    (True, 128): Blocks(64, 64, 4, 1, 2),
+    (True, 256): Blocks(64, 64, 4, 2, 8),
+    (False, 64): Blocks(32, 64, 8, 2),
+    (False, 128): Blocks(32, 64, 8, 2),
+    (False, 256): Blocks(32, 64, 8, 2),
 }
 # The same of lines that are visited in bands, of loops and of spirals.
 _BANDS = {
@@ -99,14 +89,10 @@ _BANDS = {
     (False, 256): _alike(Blocks(32, 16, 8, 1)),
 }
 # Where mma.sync needs more registers than wgmma.
-_EARLY_WHOLE = {(True, 128): Blocks(64, None, 4, 2, 4), (True, 256): Blocks(32, None, 4, 2, 4)}
+_EARLY_WHOLE = {(True, 128): Blocks(64, 64, 4, 2, 4), (True, 256): Blocks(32, 64, 4, 2, 4)}
 _EARLY_BANDS = {
     (True, 128): _alike(Blocks(64, 64, 4, 2, 2)), (True, 256): _alike(Blocks(32, 64, 4, 1, 2)),
 }
-
-
-def _mask(families: tuple[LineFamily, ...]) -> int:
-    return sum(1 << family.family for family in families)
 
 
 def _power(n: int) -> int:
@@ -147,7 +133,8 @@ def _whole_launch(
     halves = [family.loop // 2 for family, fold in members if fold]
     block_n = _power(max((family.length for family, fold in members if not fold), default=1))
     block_c = _power(max(halves, default=1))
-    _, _, num_warps, num_stages, parts = _whole_blocks(head_dim, dtype, capability)
+    blocks = _whole_blocks(head_dim, dtype, capability)
+    num_warps, num_stages = blocks.num_warps, blocks.num_stages
     if dtype == torch.float32 and block_m * head_dim > _MAX_ROWS and families[0].family < 2:
         block_m //= 2
     if light and not halves and capability < (9, 0) and max(block_m, block_n) > 64:
@@ -161,8 +148,8 @@ def _whole_launch(
         and (family.loop // 2 == block_c if fold else family.length == block_n)
         for family, fold in members
     )
-    return LineLaunch(families, _mask(families), True, bool(halves), even, 4, block_m, block_n, block_c, num_warps,
-                      num_stages, parts)
+    return LineLaunch(families, family_mask(families), True, bool(halves), even, 4, block_m, block_n, block_c,
+                      num_warps, num_stages, blocks.parts)
 
 
 def _band_launch(
@@ -172,7 +159,7 @@ def _band_launch(
     tiles = _BANDS if capability >= (9, 0) else _BANDS | _EARLY_BANDS
     of_loops, of_spirals = tiles[dtype != torch.float32, max(64, block_d(head_dim))]
     loops = families[0].family < 2
-    block_m, block_n, num_warps, num_stages, parts = of_loops if loops else of_spirals
+    block_m, block_n, num_warps, num_stages, parts, _ = of_loops if loops else of_spirals
     past, light = families[0].form == OPEN_PAST.value, _light(head_dim, dtype)
     if past and light:
         num_stages = 1  # of two or three steps nothing is gained by more, and they take registers
@@ -186,7 +173,7 @@ def _band_launch(
         if closed and light and capability >= (9, 0) and all(family.length % 128 == 0 for family in families):
             block_n = 128  # all of the line is visited: no more scores, of which more share what a step costs
         even = closed and all(family.length % block_m == family.length % block_n == 0 for family in families)
-    return LineLaunch(families, _mask(families), False, False, even, 1, block_m, block_n, MIN_BLOCK, num_warps,
+    return LineLaunch(families, family_mask(families), False, False, even, 1, block_m, block_n, MIN_BLOCK, num_warps,
                       num_stages, parts)
 
 

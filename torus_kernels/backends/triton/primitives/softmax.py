@@ -80,7 +80,7 @@ def mixing(gate, total, partner_gate, partner_total, PAIR: tl.constexpr, NARROW:
         norm = tl.maximum(tl.abs(gate), tl.abs(partner_gate))
         norm = tl.where(norm == 0, 1.0, norm)
         return gate / norm / total, partner_gate / norm / partner_total, norm
-    return gate / total, partner_gate / partner_total, gate
+    return gate / total, partner_gate / partner_total, gate  # which `mixed` does not look at
 
 
 @triton.jit
