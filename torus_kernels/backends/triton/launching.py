@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...lattice import Stream, TorusLattice
 from .primitives.lattice import LineFamily, cross_window
+from .primitives.tiles import block_d
 
 
 @functools.cache
@@ -60,6 +61,11 @@ class Blocks(NamedTuple):
     summed: int = 1  # blocks of keys in a step of the backward's sweep for ``delta``, queries first
 
 
+def parts_of(parts: int, head_dim: int) -> int:
+    """As many parts of the channels, or so many that each has 32 or more."""
+    return min(parts, max(1, block_d(head_dim) // 32))
+
+
 class Flow(NamedTuple):
     """A cross flow as kernels take it; without a stream, what is left to do where neither takes part."""
 
@@ -77,11 +83,18 @@ class Flow(NamedTuple):
         """Sites along the steps of the walk around a tile with that many sites along them."""
         return along + self.width - 1
 
-    def in_pairs(self, across: int, lattice: TorusLattice) -> bool:
-        """Whether the rows of the walk around a tile with that many sites across them come in pairs: where the ends of
-        an axis cut the walk they need not, and what would be the other row may not exist."""
+    def rows_a_step(self, across: int, lattice: TorusLattice, most: int, spare: bool) -> int:
+        """Rows of keys, at most ``most``, to take in a step of the walk around a tile with that many sites across them.
+
+        No row is left over, as what would follow it may not exist, but where ``spare`` rows may be walked, of whose
+        sites time says whether they exist. Where the ends of a cylinder cut the walk its rows are any number.
+        """
+        rows = across + self.depth - 1
         cut = self.by_rows and lattice.topology != "periodic"
-        return not cut and (across + self.depth - 1) % 2 == 0
+        timed = spare and lattice.is_causal
+        fitting = [n for n in range(1, most + 1) if n == 1 or timed or not (cut or rows % n)]
+        # A step costs some four tenths of a row, whatever it takes: sums are rescaled, maxima exchanged.
+        return min(fitting, key=lambda n: -(-rows // n) * (n + 0.4))
 
     def tiles(self, across: int, along: int) -> int:
         """Tiles of the lattice."""

@@ -21,9 +21,10 @@ from ..launching import (
     family_mask,
     l2_bytes,
     on_device,
+    parts_of,
     rows,
 )
-from ..primitives.lattice import FAMILY_STREAMS, OPEN_PAST, LineFamily, line_families, line_programs
+from ..primitives.lattice import FAMILY_STREAMS, OPEN_PAST, LineFamily, halfway, line_families, line_programs
 from ..primitives.tiles import MIN_BLOCK, block_d, input_precision
 from .cross import cross_by_queries
 from .cross_keys import cross_by_keys
@@ -91,21 +92,16 @@ _LINES = {
 }
 # Where mma.sync needs more registers than wgmma.
 _EARLY_LINES = {
-    (True, 64): _alike(64, Blocks(64, 32, 4, 2, summed=2), Blocks(64, 128, 8, 2)),
+    (True, 64): _alike(64, Blocks(64, 32, 4, 2, parts=2, summed=2), Blocks(64, 128, 8, 2, parts=2)),
     (True, 128): _alike(32, Blocks(64, 32, 4, 2, parts=2), Blocks(64, 64, 8, 1)),
 }
-# By the first blocks of queries, those that share the cost of a block of keys where lines are long enough.
-_LONG_LINES = {
-    Blocks(64, 32, 4, 2, summed=2): Blocks(128, 32, 8, 2, summed=2), Blocks(64, 64, 4, 2): Blocks(128, 64, 8, 2),
-}
 
 
-def _fills_long_blocks(families: tuple[LineFamily, ...], by_queries: Blocks) -> bool:
-    """Whether `_LONG_LINES` has blocks for lines, which leave no row of them idle. Where time is open, more queries to
-    a block are more scores that nobody sees."""
-    return by_queries in _LONG_LINES and all(
-        family.form != OPEN_PAST.value and family.length % 128 == 0 for family in families
-    )
+def _fills_long_blocks(families: tuple[LineFamily, ...], head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether twice the queries, which share the cost of a block of keys, leave no row idle and have the registers.
+    Where time is open, more queries to a block are more scores that nobody sees."""
+    light = block_d(head_dim) <= 64 and dtype != torch.float32
+    return light and all(family.form != OPEN_PAST.value and family.length % 128 == 0 for family in families)
 
 
 def _fitting(blocks: Blocks, walks_queries: bool, longest: int, dtype: torch.dtype) -> Blocks:
@@ -120,10 +116,13 @@ def _fitting(blocks: Blocks, walks_queries: bool, longest: int, dtype: torch.dty
 
 
 def _long_launch(
-    families: tuple[LineFamily, ...], by_queries: Blocks, by_keys: Blocks, dtype: torch.dtype
+    families: tuple[LineFamily, ...], by_queries: Blocks, by_keys: Blocks, head_dim: int, dtype: torch.dtype
 ) -> LineLaunch:
-    if _fills_long_blocks(families, by_queries):
-        by_queries = _LONG_LINES[by_queries]
+    if _fills_long_blocks(families, head_dim, dtype):
+        by_queries = by_queries._replace(block_m=2 * by_queries.block_m, num_warps=2 * by_queries.num_warps)
+    by_queries, by_keys = (
+        blocks._replace(parts=parts_of(blocks.parts, head_dim)) for blocks in (by_queries, by_keys)
+    )
     longest = max(family.length for family in families)
     return LineLaunch(
         families, _fitting(by_keys, True, longest, dtype), _fitting(by_queries, False, longest, dtype)
@@ -144,7 +143,9 @@ def line_launches(
     if short:
         block = _power(max(family.length for family in short), limit)
         warps = 4 if dtype == torch.float32 else block // 16
-        launches.append(LineLaunch(short, Blocks(block, block, warps, of_loops[1].num_stages), None))
+        _, _, _, num_stages, parts, _ = of_loops[1]
+        parts = parts_of(parts, head_dim) if block_d(head_dim) <= 64 else 1
+        launches.append(LineLaunch(short, Blocks(block, block, warps, num_stages, parts), None))
     long = {}
     for family in families:
         if family.length > limit:
@@ -157,7 +158,7 @@ def line_launches(
                 # Sums over heads take the registers of larger tiles.
                 by_keys = by_keys._replace(block_m=min(by_keys.block_m, 32))
             long.setdefault((by_queries, by_keys), []).append(family)
-    launches += [_long_launch(tuple(members), *blocks, dtype) for blocks, members in long.items()]
+    launches += [_long_launch(tuple(members), *blocks, head_dim, dtype) for blocks, members in long.items()]
     return tuple(launches)
 
 
@@ -278,6 +279,10 @@ def _plan(
                 "ONE_TILE": longest <= queries.block_n and not lattice.is_causal,
                 "SUMMED_N": summed_n,
                 "FULL_BLOCKS": all(family.length % summed_n == 0 for family in visited),
+                "HALFWAY": all(
+                    halfway(family, queries.block_m, block_n) for family in visited
+                    for block_n in (queries.block_n, summed_n)
+                ),
                 **_constants(queries), **options,
             }))
         line_calls.append((lines_by_keys, False, line_programs(visited, launch.keys.block_n, 1), numbers, {
@@ -285,6 +290,9 @@ def _plan(
             "FULL_BLOCKS": all(family.length % launch.keys.block_n == 0 for family in visited),
             "GROUPED": group > 1,
             "FULL_ROWS": not lattice.is_causal and all(family.length % launch.keys.block_m == 0 for family in visited),
+            "HALFWAY": not launch.whole_line and all(
+                halfway(family, launch.keys.block_m, launch.keys.block_n) for family in visited
+            ),
             **_constants(launch.keys), **options,
         }))
         first_program += line_programs(visited, launch.row_block, 1)
@@ -296,9 +304,9 @@ def _plan(
             tile_u, tile_v = flow.tile(cross.across, cross.along)
             numbers = (line_part + sum(tiles[:place]), programs) if owns_queries else ()
             num_tiles = flow.tiles(cross.across, cross.along)
-            in_pairs = cross.pairs and flow.in_pairs(cross.across, lattice)
+            rows_a_step = flow.rows_a_step(cross.across, lattice, 2 if cross.pairs else 1, False)
             of_keys = {} if owns_queries else {
-                "GROUPED": group > 1, "ONE_BLOCK": flow.walked(cross.along) <= cross.block, "ROWS": 1 + in_pairs,
+                "GROUPED": group > 1, "ONE_BLOCK": flow.walked(cross.along) <= cross.block, "ROWS": rows_a_step,
             }
             cross_calls.append((kernel, owns_queries, num_tiles, (*numbers, *flow.arguments), {
                 "FLOW": flow.stream, "BY_ROWS": flow.by_rows, "FINISH": place == len(flows) - 1,

@@ -13,6 +13,7 @@ from ..primitives.lattice import (
     arc_ceilings,
     arcs,
     line_family,
+    line_length,
     line_start,
     oldest_key,
     reach_of,
@@ -33,8 +34,7 @@ def line_of(
     loop, stride, slope, num_lines, length, max_step = line_family(
         family, n_major, n_minor, winding, seq_len, TOPOLOGY
     )
-    if TOPOLOGY == CAUSAL:
-        length = tl.cdiv(seq_len - line, stride).to(tl.int32)
+    length = line_length(line, length, stride, seq_len, TOPOLOGY)
     stream = tl.where(family <= MINOR, 2 * family, family + 2)
     start = line_start(family, line, n_minor, ARCS or TOPOLOGY == CAUSAL, TOPOLOGY)
     return loop, stride, slope, num_lines, length, max_step, squared_step(loop, FORM), stream, start
@@ -73,11 +73,12 @@ def queries_of_line(
 @triton.jit
 def visibility(
     steps, loop, reach, on_line,
-    ARCS: tl.constexpr, FORM: tl.constexpr, FULL_BLOCKS: tl.constexpr, CEILINGS: tl.constexpr,
+    ARCS: tl.constexpr, FORM: tl.constexpr, FULL_BLOCKS: tl.constexpr, CEILINGS: tl.constexpr, HALFWAY: tl.constexpr,
 ):
     """Which keys a family's streams see, and the squared distance in steps: ``(visible, partner_visible, squared)``; a
     spiral has no partner. ``on_line``, whether a key is on the line, broadcasts and is asked where it may not be. With
-    CEILINGS the first two may be those of `arc_ceilings`: fewer instructions, and more registers at once."""
+    CEILINGS the first two may be those of `arc_ceilings`: fewer instructions, and more registers at once. HALFWAY, steps
+    of a spiral are moved by `from_half`."""
     if ARCS and FORM != OPEN_BOTH and CEILINGS:
         visible, partner_visible, squared = arc_ceilings(steps, loop, reach, FORM)
         hidden: tl.constexpr = float("-inf")
@@ -85,7 +86,7 @@ def visibility(
         if ARCS:
             visible, partner_visible, squared = arcs(steps, loop, reach, FORM)
         else:
-            visible, squared = strand(steps, loop, reach, FORM)
+            visible, squared = strand(steps, loop, reach, FORM, HALFWAY)
             partner_visible = visible
         hidden: tl.constexpr = False
     if not FULL_BLOCKS and FORM != OPEN_PAST:

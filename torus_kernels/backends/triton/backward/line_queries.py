@@ -17,6 +17,7 @@ from ..primitives.lattice import (
     OPEN_BOTH,
     OPEN_PAST,
     PERIODIC,
+    from_half,
     line_program,
     line_steps,
     tokens_along,
@@ -48,10 +49,10 @@ def _normalised(gate, deltas, totals):
 
 @triton.jit
 def _tile(
-    q, d_out, k_base, v_base, stride_kt, stride_vt, position, lse, partner_lse, decline, partner_decline, reach, begin,
-    line, shape, scale,
-    ARCS: tl.constexpr, FORM: tl.constexpr, STRAIGHT: tl.constexpr, FULL_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, d_out, k_base, v_base, stride_kt, stride_vt, position, lse, partner_lse, decline, partner_decline, reach,
+    first_position, begin, line, shape, scale,
+    ARCS: tl.constexpr, FORM: tl.constexpr, STRAIGHT: tl.constexpr, FULL_BLOCKS: tl.constexpr, HALFWAY: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """What a block of keys is to the queries, ``[BLOCK_M, BLOCK_N]`` but for the keys: ``(k, dP, squared steps, P,
     partner's P)``; ``shape`` is that of the line, as of `line_of`."""
@@ -64,9 +65,11 @@ def _tile(
     products = dot_parts(q, k, PARTS, PRECISION)  # [BLOCK_M, BLOCK_N]
     d_probs = dot_parts(d_out, v, PARTS, PRECISION)
     # Counted from the block, places along its columns are the same for every block.
-    steps = line_steps(position - begin, tl.arange(0, BLOCK_N), True)
+    turn = from_half(first_position, begin, loop, BLOCK_N, HALFWAY and not ARCS and FORM == CLOSED)
+    steps = line_steps(position - begin + turn, tl.arange(0, BLOCK_N), True)
     visible, partner_visible, squared = visibility(
-        steps, loop, reach, key_valid[None, :], ARCS, FORM, FULL_BLOCKS, q[0].dtype != tl.float32
+        steps, loop, reach, key_valid[None, :], ARCS, FORM, FULL_BLOCKS, q[0].dtype != tl.float32,
+        HALFWAY and not ARCS and FORM == CLOSED,
     )
     probs = probabilities(products, scale * LOG2E, decline, squared, lse[:, None], visible)
     partner_probs = probs
@@ -82,9 +85,9 @@ def _queries_of_line(
     operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_head, first_program, num_programs, slot,
     family, line, block,
     ARCS: tl.constexpr, FORM: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, ONE_TILE: tl.constexpr,
-    FULL_BLOCKS: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, SUMMED_N: tl.constexpr,
+    FULL_BLOCKS: tl.constexpr, HALFWAY: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr,
+    HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUMMED_N: tl.constexpr,
 ):
     local_head, num_heads = tl.program_id(1), tl.num_programs(1)
     batch, head = (first_head + local_head) // heads, (first_head + local_head) % heads
@@ -133,8 +136,8 @@ def _queries_of_line(
         for begin in range(key_begin, key_end, SUMMED_N):
             _k, d_probs, _squared, probs, partner_probs = _tile(
                 q, d_out, k_base, v_base, operands.k.token, operands.v.token, position, lse, partner_lse, decline,
-                partner_decline, reach, begin, line, shape, scale, ARCS, FORM, STRAIGHT, FULL_BLOCKS, PRECISION, D,
-                BLOCK_D, PARTS, SUMMED_N,
+                partner_decline, reach, first_position, begin, line, shape, scale, ARCS, FORM, STRAIGHT, FULL_BLOCKS,
+                HALFWAY, PRECISION, D, BLOCK_D, PARTS, SUMMED_N,
             )
             totals += partial_sums(probs)
             deltas += partial_sums(probs * d_probs)
@@ -147,8 +150,8 @@ def _queries_of_line(
     for begin in range(key_begin, key_end, BLOCK_N):
         k, d_probs, squared, probs, partner_probs = _tile(
             q, d_out, k_base, v_base, operands.k.token, operands.v.token, position, lse, partner_lse, decline,
-            partner_decline, reach, begin, line, shape, scale, ARCS, FORM, STRAIGHT, FULL_BLOCKS, PRECISION, D, BLOCK_D,
-            PARTS, BLOCK_N,
+            partner_decline, reach, first_position, begin, line, shape, scale, ARCS, FORM, STRAIGHT, FULL_BLOCKS,
+            HALFWAY, PRECISION, D, BLOCK_D, PARTS, BLOCK_N,
         )
         if ONE_TILE:
             gate, delta = _normalised(gate, partial_sums(probs * d_probs), partial_sums(probs))
@@ -186,15 +189,15 @@ def _queries_of_line(
 def lines_by_queries(
     operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_head, first_program, num_programs,
     FAMILIES: tl.constexpr, GRID_FAMILIES: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr,
-    ONE_TILE: tl.constexpr, FULL_BLOCKS: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr,
-    HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ONE_TILE: tl.constexpr, FULL_BLOCKS: tl.constexpr, HALFWAY: tl.constexpr, ACCUMULATE: tl.constexpr,
+    GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUMMED_N: tl.constexpr,
 ):
     """One program: a block of queries of one line, for one head.
 
     Grid: ``(line_programs(...), query heads of the chunk)``; families and programs as in `lines_by_keys`. ONE_TILE
-    where a block of keys holds every key that a query sees, FULL_BLOCKS where blocks of keys divide every line. The
-    sweep for ``delta`` goes by SUMMED_N keys.
+    where a block of keys holds every key that a query sees, FULL_BLOCKS where blocks of keys divide every line, HALFWAY
+    where `halfway` for closed lines. The sweep for ``delta`` goes by SUMMED_N keys.
     """
     family, line, block = line_program(
         tl.program_id(0), n_major, n_minor, winding, seq_len, TOPOLOGY, GRID_FAMILIES, BLOCK_M, 1
@@ -206,19 +209,19 @@ def lines_by_queries(
             _queries_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_head, first_program,
                 num_programs, slot, family, line, block, False, FORM, TOPOLOGY, STREAMS, ONE_TILE, FULL_BLOCKS,
-                ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, BLOCK_M, BLOCK_N, SUMMED_N,
+                HALFWAY, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, BLOCK_M, BLOCK_N, SUMMED_N,
             )
     elif (TOPOLOGY == CYLINDER) & (family == MINOR):
         if TOPOLOGY == CYLINDER and GRID_FAMILIES & 2:
             _queries_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_head, first_program,
                 num_programs, slot, family, line, block, True, CLOSED, TOPOLOGY, STREAMS, ONE_TILE, FULL_BLOCKS,
-                ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, BLOCK_M, BLOCK_N, SUMMED_N,
+                HALFWAY, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, BLOCK_M, BLOCK_N, SUMMED_N,
             )
     else:
         if GRID_FAMILIES & 3:
             _queries_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_head, first_program,
                 num_programs, slot, family, line, block, True, FORM, TOPOLOGY, STREAMS, ONE_TILE, FULL_BLOCKS,
-                ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, BLOCK_M, BLOCK_N, SUMMED_N,
+                HALFWAY, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, BLOCK_M, BLOCK_N, SUMMED_N,
             )

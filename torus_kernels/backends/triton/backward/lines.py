@@ -17,6 +17,7 @@ from ..primitives.lattice import (
     OPEN_BOTH,
     OPEN_PAST,
     PERIODIC,
+    from_half,
     line_program,
     line_steps,
     tokens_along,
@@ -40,10 +41,11 @@ from .whole_line import visit_whole_line
 
 @triton.jit
 def _visit(
-    operands, batch, head, local_head, seq_len, scale, line, shape, begin, k, v, key_position, d_k, d_v,
+    operands, batch, head, local_head, seq_len, scale, line, shape, begin, k, v, first_key_position, key_position, d_k,
+    d_v,
     ARCS: tl.constexpr, FORM: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FULL_BLOCKS: tl.constexpr,
-    FULL_ROWS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    FULL_ROWS: tl.constexpr, HALFWAY: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """What a block of queries of one head adds to ``d_k`` and ``d_v``; ``shape`` is that of the line, as of `line_of`.
 
@@ -58,9 +60,11 @@ def _visit(
         reach = reach[None, :]
     products = dot_parts(k, q, PARTS, PRECISION)  # [BLOCK_N, BLOCK_M]
     # Counted from the block, places along its rows are the same for every block.
-    steps = line_steps(tl.arange(0, BLOCK_M), key_position - begin, False)
+    turn = from_half(begin, first_key_position, loop, BLOCK_N, HALFWAY and not ARCS and FORM == CLOSED)
+    steps = line_steps(tl.arange(0, BLOCK_M), key_position - begin - turn, False)
     visible, partner_visible, squared = visibility(
-        steps, loop, reach, (key_position < length)[:, None], ARCS, FORM, FULL_BLOCKS, k[0].dtype != tl.float32
+        steps, loop, reach, (key_position < length)[:, None], ARCS, FORM, FULL_BLOCKS, k[0].dtype != tl.float32,
+        HALFWAY and not ARCS and FORM == CLOSED,
     )
     numbers = row_numbers_of(operands, local_head, seq_len, token, stream)
     delta, lse, gate, gated_delta = load_row_numbers(numbers, valid, FULL_ROWS)
@@ -98,9 +102,10 @@ def _keys_of_line(
     operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program, num_programs,
     family, line, block,
     ARCS: tl.constexpr, FORM: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, WHOLE_LINE: tl.constexpr,
-    GROUPED: tl.constexpr, FULL_BLOCKS: tl.constexpr, FULL_ROWS: tl.constexpr, FAMILIES: tl.constexpr,
-    ACCUMULATE: tl.constexpr, GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUPED: tl.constexpr, FULL_BLOCKS: tl.constexpr, FULL_ROWS: tl.constexpr, HALFWAY: tl.constexpr,
+    FAMILIES: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     local_pair, num_pairs = tl.program_id(1), tl.num_programs(1)
     kv_heads = heads // group
@@ -143,8 +148,8 @@ def _keys_of_line(
             for begin in range(query_begin, query_end, BLOCK_M):
                 d_k, d_v = _visit(
                     operands, batch, kv_head * group + member, local_pair * group + member, seq_len, scale, line, shape,
-                    begin, k, v, key_position, d_k, d_v, ARCS, FORM, TOPOLOGY, STREAMS, FULL_BLOCKS, FULL_ROWS,
-                    HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, BLOCK_M,
+                    begin, k, v, first_key_position, key_position, d_k, d_v, ARCS, FORM, TOPOLOGY, STREAMS,
+                    FULL_BLOCKS, FULL_ROWS, HALFWAY, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS, BLOCK_M, BLOCK_N,
                 )
     key_position = first_key_position + hidden_zero(seq_len) + tl.arange(0, BLOCK_N)
     key_place = tokens_along(line, key_position, stride, slope, num_lines, ARCS or TOPOLOGY == CAUSAL)
@@ -162,14 +167,15 @@ def lines_by_keys(
     operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program, num_programs,
     FAMILIES: tl.constexpr, GRID_FAMILIES: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr,
     WHOLE_LINE: tl.constexpr, GROUPED: tl.constexpr, FULL_BLOCKS: tl.constexpr, FULL_ROWS: tl.constexpr,
-    ACCUMULATE: tl.constexpr, GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr,
+    HALFWAY: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """One program: a block of keys of one line, for one key/value head and the query heads that read it.
 
     Grid: ``(line_programs(...), key/value heads of the chunk)``. FAMILIES have slots in the workspaces, GRID_FAMILIES
     are in the grid, and its programs are numbered from ``first_program`` on out of ``num_programs``. GROUPED where
-    several query heads read a key; blocks of keys, FULL_BLOCKS, or of queries, FULL_ROWS, may divide every line.
+    several query heads read a key; blocks of keys, FULL_BLOCKS, or of queries, FULL_ROWS, may divide every line,
+    HALFWAY where `halfway` for closed ones.
     """
     family, line, block = line_program(
         tl.program_id(0), n_major, n_minor, winding, seq_len, TOPOLOGY, GRID_FAMILIES, BLOCK_N, 1
@@ -180,22 +186,22 @@ def lines_by_keys(
             _keys_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program,
                 num_programs, family, line, block, False, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, GROUPED,
-                FULL_BLOCKS, FULL_ROWS, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS,
-                BLOCK_M, BLOCK_N,
+                FULL_BLOCKS, FULL_ROWS, HALFWAY, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D,
+                PARTS, BLOCK_M, BLOCK_N,
             )
     elif (TOPOLOGY == CYLINDER) & (family == MINOR):
         if TOPOLOGY == CYLINDER and GRID_FAMILIES & 2:
             _keys_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program,
                 num_programs, family, line, block, True, CLOSED, TOPOLOGY, STREAMS, WHOLE_LINE, GROUPED,
-                FULL_BLOCKS, FULL_ROWS, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS,
-                BLOCK_M, BLOCK_N,
+                FULL_BLOCKS, FULL_ROWS, HALFWAY, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D,
+                PARTS, BLOCK_M, BLOCK_N,
             )
     else:
         if GRID_FAMILIES & 3:
             _keys_of_line(
                 operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program,
                 num_programs, family, line, block, True, FORM, TOPOLOGY, STREAMS, WHOLE_LINE, GROUPED,
-                FULL_BLOCKS, FULL_ROWS, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D, PARTS,
-                BLOCK_M, BLOCK_N,
+                FULL_BLOCKS, FULL_ROWS, HALFWAY, FAMILIES, ACCUMULATE, GATES, HAS_FIRST_KEY, PRECISION, D, BLOCK_D,
+                PARTS, BLOCK_M, BLOCK_N,
             )

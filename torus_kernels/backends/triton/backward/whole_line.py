@@ -72,7 +72,7 @@ def visit_whole_line(
     products = dot_parts(q, k, PARTS, PRECISION)  # [BLOCK_M, BLOCK_N]
     visible, partner_visible, squared = visibility(
         line_steps(position, key_position, True), loop, reach, (key_position < length)[None, :], ARCS, FORM,
-        FULL_BLOCKS, False,
+        FULL_BLOCKS, False, False,
     )
     numbers = row_numbers_of(operands, local_head, seq_len, token, stream)
     lse, gate = load_stream(operands, batch, head, heads, seq_len, token, valid, stream, STREAMS, GATES)

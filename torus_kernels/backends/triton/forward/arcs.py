@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from ..primitives.lattice import folded_steps, on_line, tokens_along
+from ..primitives.parts import cast_to_parts, dot_parts, load_parts, zero_parts
 from ..primitives.softmax import masked, mixed, mixing, spread
-from ..primitives.tiles import dot_cast, dot_transposed, load_rows
 
 
 @triton.jit
@@ -49,9 +49,9 @@ def arc_biases(offset, column, loop, decline, partner_decline, EVEN: tl.constexp
 
 
 @triton.jit
-def _product_with_keys(q, k_base, token, valid, stride_kt, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def _product_with_keys(q, k_base, token, valid, stride_kt, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
                        PRECISION: tl.constexpr):
-    return dot_transposed(q, load_rows(k_base, token, valid, stride_kt, D, BLOCK_D), PRECISION)
+    return dot_parts(q, load_parts(k_base, token, valid, stride_kt, D, BLOCK_D, PARTS), PARTS, PRECISION)
 
 
 @triton.jit
@@ -73,16 +73,16 @@ def _softmax(scores, own, bias, scale, WITH_ENTROPY: tl.constexpr):
 def whole_arcs(
     q, k_base, v_base, stride_kt, stride_vt, offset, offset_again, bias, partner_bias, gate, partner_gate,
     block_position, column, stride, length, remaining, loop, scale,
-    TOPOLOGY: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WITH_ENTROPY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TOPOLOGY: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Both arcs of a line whose half fits one block: their partial sum, then both softmaxes:
     ``(y, maximum, total, spread, partner's maximum, total, spread)``."""
     half = loop // 2
     token0, valid0 = _half_tokens(block_position, column, 0, stride, length, remaining, TOPOLOGY, EVEN)
     token1, valid1 = _half_tokens(block_position, column, half, stride, length, remaining, TOPOLOGY, EVEN)
-    scores0 = _product_with_keys(q, k_base, token0, valid0, stride_kt, D, BLOCK_D, PRECISION)
-    scores1 = _product_with_keys(q, k_base, token1, valid1, stride_kt, D, BLOCK_D, PRECISION)
+    scores0 = _product_with_keys(q, k_base, token0, valid0, stride_kt, D, BLOCK_D, PARTS, PRECISION)
+    scores1 = _product_with_keys(q, k_base, token1, valid1, stride_kt, D, BLOCK_D, PARTS, PRECISION)
     forward, backward, own = _nearer(offset, column)
     own_score = tl.sum(tl.where(own, scores0, 0.0), axis=1) * scale
     p, p_own, maximum, total, spread_total = _softmax(
@@ -91,16 +91,16 @@ def whole_arcs(
     partner_p, partner_p_own, partner_maximum, partner_total, partner_spread = _softmax(
         tl.where(backward, scores0, scores1), own_score, partner_bias, scale, WITH_ENTROPY
     )
-    NARROW: tl.constexpr = q.dtype == tl.float16
-    factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, True, NARROW)
+    factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, True, q[0].dtype)
     forward, _, own = _nearer(offset_again, column)
     partner_p *= partner_factor[:, None]
     # Half a loop away lies one key for both.
     p = p * factor[:, None] + tl.where(own, partner_p, 0.0)
     p_own = (p_own * factor + partner_p_own * partner_factor)[:, None]
-    v = load_rows(v_base, token0, valid0, stride_vt, D, BLOCK_D)
-    y = dot_cast(tl.where(own, p_own, tl.where(forward, p, partner_p)), v, PRECISION)
-    v = load_rows(v_base, token1, valid1, stride_vt, D, BLOCK_D)
-    y = dot_cast(tl.where(forward, partner_p, p), v, PRECISION, y)
-    y = mixed((y,), norm, True, NARROW, 1)
+    v = load_parts(v_base, token0, valid0, stride_vt, D, BLOCK_D, PARTS)
+    weights = tl.where(own, p_own, tl.where(forward, p, partner_p))
+    y = cast_to_parts(weights, v, zero_parts(BLOCK_M, BLOCK_D, PARTS), PARTS, PRECISION)
+    v = load_parts(v_base, token1, valid1, stride_vt, D, BLOCK_D, PARTS)
+    y = cast_to_parts(tl.where(forward, partner_p, p), v, y, PARTS, PRECISION)
+    y = mixed(y, norm, True, q[0].dtype, PARTS)
     return y, maximum, total, spread_total, partner_maximum, partner_total, partner_spread

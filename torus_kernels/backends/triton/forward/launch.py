@@ -10,13 +10,14 @@ import triton
 from torch import Tensor
 
 from ....lattice import TorusLattice
-from ..launching import Blocks, Flow, capability, chunk_heads, cross_flows, family_mask, on_device, rows
+from ..launching import Blocks, Flow, capability, chunk_heads, cross_flows, family_mask, on_device, parts_of, rows
 from ..primitives.lattice import (
     CLOSED,
     FAMILY_STREAMS,
     MAX_TOKENS,
     OPEN_PAST,
     LineFamily,
+    halfway,
     line_families,
     line_programs,
 )
@@ -34,6 +35,7 @@ class LineLaunch(NamedTuple):
     whole: bool
     fold: bool
     even: bool  # every block of positions is full
+    halfway: bool  # of lines in bands, see `from_half`
     lines: int  # lines that a program handles
     block_m: int
     block_n: int
@@ -72,26 +74,30 @@ _MAX_ROWS = 32 * 128  # numbers in a block of float32 queries, of which loops th
 # By (16-bit, BLOCK_D), of lines that one block of keys holds, with the longest of them. Chosen, as those below, among
 # those that compile without spills, by instructions for each query.
 _WHOLE = {
-    (True, 64): Blocks(64, 128, 4, 2),
-    (True, 128): Blocks(64, 64, 4, 1, 2),
-    (True, 256): Blocks(64, 64, 4, 2, 8),
-    (False, 64): Blocks(32, 64, 8, 2),
-    (False, 128): Blocks(32, 64, 8, 2),
-    (False, 256): Blocks(32, 64, 8, 2),
+    (True, 64): (Blocks(64, 128, 4, 2), Blocks(64, 128, 4, 2, 2)),
+    (True, 128): _alike(Blocks(64, 64, 4, 1, 2)),
+    (True, 256): _alike(Blocks(64, 64, 4, 2, 8)),
+    (False, 64): _alike(Blocks(32, 64, 8, 2)),
+    (False, 128): _alike(Blocks(32, 64, 8, 2)),
+    (False, 256): _alike(Blocks(32, 64, 8, 2)),
 }
 # The same of lines that are visited in bands, of loops and of spirals.
 _BANDS = {
-    (True, 64): _alike(Blocks(64, 64, 4, 2)),
-    (True, 128): _alike(Blocks(64, 64, 4, 1, 2)),
+    (True, 64): _alike(Blocks(64, 64, 4, 2, 2)),
+    (True, 128): _alike(Blocks(64, 64, 4, 2, 2)),
     (True, 256): (Blocks(64, 64, 4, 2, 8), Blocks(64, 64, 4, 1, 4)),
     (False, 64): _alike(Blocks(32, 32, 8, 2)),
     (False, 128): _alike(Blocks(32, 32, 8, 1)),
     (False, 256): _alike(Blocks(32, 16, 8, 1)),
 }
 # Where mma.sync needs more registers than wgmma.
-_EARLY_WHOLE = {(True, 128): Blocks(64, 64, 4, 2, 4), (True, 256): Blocks(32, 64, 4, 2, 4)}
+_EARLY_WHOLE = {
+    (True, 64): _alike(Blocks(64, 128, 4, 2, 2)), (True, 128): _alike(Blocks(64, 64, 4, 2, 4)),
+    (True, 256): _alike(Blocks(32, 64, 4, 2, 4)),
+}
 _EARLY_BANDS = {
-    (True, 128): _alike(Blocks(64, 64, 4, 2, 2)), (True, 256): _alike(Blocks(32, 64, 4, 1, 2)),
+    (True, 64): (Blocks(64, 64, 4, 1, 2), Blocks(64, 64, 4, 2, 2)), (True, 128): _alike(Blocks(64, 64, 4, 2, 2)),
+    (True, 256): _alike(Blocks(32, 64, 4, 1, 2)),
 }
 
 
@@ -118,7 +124,7 @@ def _of_one_length(family: LineFamily, seq_len: int) -> bool:
     return family.form != OPEN_PAST.value or seq_len % family.num_lines == 0
 
 
-def _whole_blocks(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Blocks:
+def _whole_blocks(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Blocks, Blocks]:
     tiles = _WHOLE if capability >= (9, 0) else _WHOLE | _EARLY_WHOLE
     return tiles[dtype != torch.float32, max(64, block_d(head_dim))]
 
@@ -133,48 +139,53 @@ def _whole_launch(
     halves = [family.loop // 2 for family, fold in members if fold]
     block_n = _power(max((family.length for family, fold in members if not fold), default=1))
     block_c = _power(max(halves, default=1))
-    blocks = _whole_blocks(head_dim, dtype, capability)
-    num_warps, num_stages = blocks.num_warps, blocks.num_stages
-    if dtype == torch.float32 and block_m * head_dim > _MAX_ROWS and families[0].family < 2:
+    loops = families[0].family < 2
+    of_loops, of_spirals = _whole_blocks(head_dim, dtype, capability)
+    _, _, num_warps, num_stages, parts, _ = of_loops if loops else of_spirals
+    if dtype == torch.float32 and block_m * head_dim > _MAX_ROWS and loops:
         block_m //= 2
-    if light and not halves and capability < (9, 0) and max(block_m, block_n) > 64:
-        block_m, num_warps = 32, 2  # mma.sync would take more registers than there are
     if light and not halves and block_m * block_n <= _SMALL_TILE:
         num_warps = 2  # what a line costs beside its scores is paid by every warp
-    if families[0].family < 2 and families[0].length > 64:
+    if loops and families[0].length > 64:
         num_stages = 1
     even = all(
         _of_one_length(family, seq_len) and family.length % block_m == 0
         and (family.loop // 2 == block_c if fold else family.length == block_n)
         for family, fold in members
     )
-    return LineLaunch(families, family_mask(families), True, bool(halves), even, 4, block_m, block_n, block_c,
-                      num_warps, num_stages, blocks.parts)
+    return LineLaunch(families, family_mask(families), True, bool(halves), even, False, 4, block_m, block_n, block_c,
+                      num_warps, num_stages, parts_of(parts, head_dim))
 
 
 def _band_launch(
-    families: tuple[LineFamily, ...], head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+    families: tuple[LineFamily, ...], seq_len: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> LineLaunch:
     """Families whose streams are visited one by one, over many blocks of keys."""
     tiles = _BANDS if capability >= (9, 0) else _BANDS | _EARLY_BANDS
     of_loops, of_spirals = tiles[dtype != torch.float32, max(64, block_d(head_dim))]
     loops = families[0].family < 2
     block_m, block_n, num_warps, num_stages, parts, _ = of_loops if loops else of_spirals
-    past, light = families[0].form == OPEN_PAST.value, _light(head_dim, dtype)
+    past, light = all(family.form == OPEN_PAST.value for family in families), _light(head_dim, dtype)
     if past and light:
         num_stages = 1  # of two or three steps nothing is gained by more, and they take registers
     closed = all(family.form == CLOSED.value for family in families)
-    if loops:
-        # Blocks of keys are counted from the block of queries.
-        even = closed and block_m % block_n == 0 and all(
-            family.length % block_m == family.loop // 2 % block_n == 0 for family in families
+    if closed and light and not loops and all(family.length % 128 == 0 for family in families):
+        block_n = 128  # all of the line is visited: no more scores, of which more share what a step costs
+    # Blocks of keys are counted from the block of queries, or of spirals from the line's begin.
+    even = all(family.length % block_m == 0 and _of_one_length(family, seq_len) for family in families)
+    if past:
+        even = even and block_m % block_n == 0 and all(
+            family.loop - family.loop // 2 >= block_n for family in families if loops
+        )
+    elif loops:
+        even = even and closed and block_m % block_n == 0 and all(
+            family.loop // 2 % block_n == 0 for family in families
         )
     else:
-        if closed and light and capability >= (9, 0) and all(family.length % 128 == 0 for family in families):
-            block_n = 128  # all of the line is visited: no more scores, of which more share what a step costs
-        even = closed and all(family.length % block_m == family.length % block_n == 0 for family in families)
-    return LineLaunch(families, family_mask(families), False, False, even, 1, block_m, block_n, MIN_BLOCK, num_warps,
-                      num_stages, parts)
+        even = even and closed and all(family.length % block_n == 0 for family in families)
+    turns = all(halfway(family, block_m, block_n) for family in families)
+    return LineLaunch(families, family_mask(families), False, False, even, turns, 1, block_m, block_n, MIN_BLOCK,
+                      num_warps, num_stages, parts_of(parts, head_dim))
 
 
 def line_launches(
@@ -185,7 +196,7 @@ def line_launches(
     if not families:
         return ()
     light = _light(head_dim, dtype)
-    limit = _whole_blocks(head_dim, dtype, capability).block_m
+    limit = _whole_blocks(head_dim, dtype, capability)[0].block_m
     block_m = min(limit, _power(max(family.length for family in families)))
     whole, bands = {}, {}
     for family in families:
@@ -200,17 +211,14 @@ def line_launches(
         whole.setdefault((loops and family.length > 64, loops and not fold), []).append((family, fold))
     return (
         *(_whole_launch(members, block_m, seq_len, head_dim, dtype, capability) for members in whole.values()),
-        *(_band_launch(tuple(members), head_dim, dtype, capability) for members in bands.values()),
+        *(_band_launch(tuple(members), seq_len, head_dim, dtype, capability) for members in bands.values()),
     )
 
 
 def cross_launch(
     flow: Flow, lattice: TorusLattice, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> CrossLaunch:
-    """Tiles 16 sites long, and blocks of keys as long as a tile with its halo.
-
-    Keys are walked two rows a step where none is left over: sums are rescaled half as often.
-    """
+    """Tiles 16 sites long, and blocks of keys as long as a tile with its halo."""
     wide, early, narrow = block_d(head_dim), capability < (9, 0), dtype != torch.float32
     block_n = max(MIN_BLOCK, min(64, triton.next_power_of_2(flow.walked(16))))
     across, num_warps, num_stages, parts = 4, 4, 2, 1
@@ -222,8 +230,13 @@ def cross_launch(
         across, num_stages, parts = 2 if early else 4, 1, 4
     elif wide > 64:
         num_stages, parts = (2, 4) if early else (1, 1)
-    rows = 2 if wide <= 128 and narrow and flow.in_pairs(across, lattice) else 1
-    return CrossLaunch(across, 16, rows, block_n, num_warps, num_stages, parts)
+    elif early:
+        num_stages, parts = 3 if lattice.is_causal else 2, 2  # a third spares registers there
+    most = 1
+    if wide <= 128 and narrow:
+        most = 2 if early or wide > 64 else 5
+    rows = flow.rows_a_step(across, lattice, most, True)
+    return CrossLaunch(across, 16, rows, block_n, num_warps, num_stages, parts_of(parts, head_dim))
 
 
 def _axes(lattice: TorusLattice) -> tuple[int, int]:
@@ -263,6 +276,7 @@ def _plan(
     }
     lines = tuple((launch.programs, {
         "FAMILIES": families, "GRID_FAMILIES": launch.family_mask, "WHOLE": launch.whole, "EVEN": launch.even,
+        "HALFWAY": launch.halfway,
         "FOLD": launch.fold, "LINES": launch.lines, "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n, "BLOCK_C": launch.block_c, "num_warps": launch.num_warps,
         "num_stages": launch.num_stages, "PARTS": launch.parts, **shared,

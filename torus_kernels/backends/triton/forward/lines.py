@@ -14,7 +14,9 @@ from ..primitives.lattice import (
     OPEN_BOTH,
     OPEN_PAST,
     arcs,
+    before_end,
     line_family,
+    line_length,
     line_program,
     line_start,
     line_steps,
@@ -151,11 +153,11 @@ def _whole_line(
     partner_p, partner_maximum, partner_total, partner_spread = p, maximum, total, spread_total
     if ARCS:
         partner_p, partner_maximum, partner_total, partner_spread = _softmax(scores + partner_bias, WITH_ENTROPY)
-    NARROW: tl.constexpr = v[0].dtype == tl.float16
-    factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, ARCS, NARROW)
+    DTYPE: tl.constexpr = v[0].dtype
+    factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, ARCS, DTYPE)
     weights = _weights(p, factor, partner_p, partner_factor, ARCS)
     y = cast_to_parts(weights, v, zero_parts(BLOCK_M, BLOCK_D, PARTS), PARTS, PRECISION)
-    y = mixed(y, norm, ARCS, NARROW, PARTS)
+    y = mixed(y, norm, ARCS, DTYPE, PARTS)
     return y, maximum, total, spread_total, partner_maximum, partner_total, partner_spread
 
 
@@ -165,7 +167,7 @@ def _run_of_lines(
     stride_qt, stride_kt, stride_vt, n_major, n_minor, winding, seq_len, scale, batch, head, global_head,
     family, first_line, block,
     TOPOLOGY: tl.constexpr, FORM: tl.constexpr, ARCS: tl.constexpr, STREAMS: tl.constexpr, WHOLE: tl.constexpr,
-    EVEN: tl.constexpr, FOLD: tl.constexpr, BLOCK_C: tl.constexpr,
+    EVEN: tl.constexpr, HALFWAY: tl.constexpr, FOLD: tl.constexpr, BLOCK_C: tl.constexpr,
     LINES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, WITH_LSE: tl.constexpr,
     WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
@@ -198,6 +200,7 @@ def _run_of_lines(
     if not WHOLE:
         line = first_line
         start = line_start(family, line, n_minor, STRAIGHT, TOPOLOGY)
+        length = line_length(line, length, stride, seq_len, TOPOLOGY)
         query_token, query_valid, q, gate, partner_gate = _rows(
             q_base, weights_ptr, line, start, query_position, queries, partner_queries, head_gate, partner_head_gate,
             stride, slope, num_lines, length, seq_len, stride_qt, global_head, stream, STRAIGHT, TOPOLOGY, EVEN, ARCS,
@@ -209,12 +212,13 @@ def _run_of_lines(
         (y, maximum, total, spread_total, partner_maximum, partner_total, partner_spread) = attend_bands(
             q, k_base + start * stride_kt, v_base + start * stride_vt, partial_base + start * D, stride_kt, stride_vt,
             line, block * BLOCK_M, query_token, query_valid, reach, decline, partner_decline, queries, partner_queries,
-            gate, partner_gate, max_step, stride, slope, num_lines, length, seq_len - start, loop, scale, STRAIGHT,
-            TOPOLOGY, FORM, ARCS, EVEN, HAS_FIRST_KEY, BLOCK_M, BLOCK_N, D, BLOCK_D, PARTS, WITH_ENTROPY, PRECISION,
+            gate, partner_gate, max_step, stride, slope, num_lines, length, loop, scale, STRAIGHT, TOPOLOGY,
+            FORM, ARCS, EVEN, HALFWAY, HAS_FIRST_KEY, BLOCK_M, BLOCK_N, D, BLOCK_D, PARTS, WITH_ENTROPY,
+            PRECISION,
         )
         query_position += hidden_zero(seq_len)
         query_token = tokens_along(line, query_position, stride, slope, num_lines, STRAIGHT)
-        query_valid = on_line(query_position, query_token, length, seq_len - start, TOPOLOGY, EVEN)
+        query_valid = before_end(query_position, length, EVEN)
         if ARCS and PARTS > 1:
             tl.debug_barrier()  # another thread may have written the first arc's
             accumulate_parts(partial_base + start * D, query_token, query_valid, y, True, D, BLOCK_D, PARTS)
@@ -238,7 +242,7 @@ def _run_of_lines(
             )
         for line in range(first_line, tl.minimum(first_line + LINES, num_lines)):
             # Tokens count from the first of the line, pointers and lengths too.
-            start = line_start(family, line, n_minor, STRAIGHT, TOPOLOGY)
+            start = line_start(family, tl.maximum(line, 0), n_minor, STRAIGHT, TOPOLOGY)
             k_line, v_line = k_base + start * stride_kt, v_base + start * stride_vt
             query_token, query_valid, q, gate, partner_gate = _rows(
                 q_base, weights_ptr, line, start, query_position, queries, partner_queries, head_gate,
@@ -249,9 +253,9 @@ def _run_of_lines(
                 # Zeros that the compiler cannot see through: it would hold every comparison of offsets in registers.
                 line_offset, line_offset_again = offset + tl.minimum(line, 0), offset - tl.minimum(line, 0)
                 (y, maximum, total, spread_total, partner_maximum, partner_total, partner_spread) = whole_arcs(
-                    q[0], k_line, v_line, stride_kt, stride_vt, line_offset, line_offset_again, bias, partner_bias,
+                    q, k_line, v_line, stride_kt, stride_vt, line_offset, line_offset_again, bias, partner_bias,
                     gate, partner_gate, block * BLOCK_M, column, stride, length, seq_len - start, loop, scale,
-                    TOPOLOGY, EVEN, D, BLOCK_D, WITH_ENTROPY, PRECISION,
+                    TOPOLOGY, EVEN, BLOCK_M, D, BLOCK_D, PARTS, WITH_ENTROPY, PRECISION,
                 )
             else:
                 if HAS_FIRST_KEY:
@@ -279,7 +283,7 @@ def lines_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     n_major, n_minor, winding, seq_len, first_head, heads, group, scale,
     TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr, FAMILIES: tl.constexpr, GRID_FAMILIES: tl.constexpr,
-    WHOLE: tl.constexpr, EVEN: tl.constexpr, FOLD: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr, HALFWAY: tl.constexpr, FOLD: tl.constexpr, BLOCK_C: tl.constexpr,
     LINES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr,
     HAS_FIRST_KEY: tl.constexpr, WITH_LSE: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
@@ -311,7 +315,7 @@ def lines_kernel(
             _run_of_lines(
                 q_base, k_base, v_base, weights_ptr, decay_ptr, first_key_ptr, partial_base, lse_ptr, entropy_ptr,
                 stride_qt, stride_kt, stride_vt, n_major, n_minor, winding, seq_len, scale, batch, head, global_head,
-                family, first_line, block, TOPOLOGY, FORM, False, STREAMS, WHOLE, EVEN, FOLD, BLOCK_C,
+                family, first_line, block, TOPOLOGY, FORM, False, STREAMS, WHOLE, EVEN, HALFWAY, FOLD, BLOCK_C,
                 LINES, BLOCK_M, BLOCK_N, D, BLOCK_D, PARTS, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY,
                 PRECISION,
             )
@@ -320,7 +324,7 @@ def lines_kernel(
             _run_of_lines(
                 q_base, k_base, v_base, weights_ptr, decay_ptr, first_key_ptr, partial_base, lse_ptr, entropy_ptr,
                 stride_qt, stride_kt, stride_vt, n_major, n_minor, winding, seq_len, scale, batch, head, global_head,
-                family, first_line, block, TOPOLOGY, CLOSED, True, STREAMS, WHOLE, EVEN, FOLD, BLOCK_C,
+                family, first_line, block, TOPOLOGY, CLOSED, True, STREAMS, WHOLE, EVEN, HALFWAY, FOLD, BLOCK_C,
                 LINES, BLOCK_M, BLOCK_N, D, BLOCK_D, PARTS, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY,
                 PRECISION,
             )
@@ -329,7 +333,7 @@ def lines_kernel(
             _run_of_lines(
                 q_base, k_base, v_base, weights_ptr, decay_ptr, first_key_ptr, partial_base, lse_ptr, entropy_ptr,
                 stride_qt, stride_kt, stride_vt, n_major, n_minor, winding, seq_len, scale, batch, head, global_head,
-                family, first_line, block, TOPOLOGY, FORM, True, STREAMS, WHOLE, EVEN, FOLD, BLOCK_C,
+                family, first_line, block, TOPOLOGY, FORM, True, STREAMS, WHOLE, EVEN, HALFWAY, FOLD, BLOCK_C,
                 LINES, BLOCK_M, BLOCK_N, D, BLOCK_D, PARTS, TOKEN_WEIGHTS, HAS_FIRST_KEY, WITH_LSE, WITH_ENTROPY,
                 PRECISION,
             )

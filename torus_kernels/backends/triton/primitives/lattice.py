@@ -14,6 +14,7 @@ tiles, exact below 2**24.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import triton
@@ -196,20 +197,38 @@ def tokens_along(line, position, stride, slope, num_lines, STRAIGHT: tl.constexp
     """Tokens (int32, counted from `line_start`) at positions of a line; past its end, of no meaning."""
     token = position * stride
     if not STRAIGHT:
-        crossed = position * slope % num_lines + line
+        # Without a sign: a division of signed numbers takes more.
+        crossed = ((position * slope).to(tl.uint32) % num_lines.to(tl.uint32)).to(tl.int32) + line
         token += tl.where(crossed >= num_lines, crossed - num_lines, crossed)
     return token.to(tl.int32)
 
 
 @triton.jit
-def on_line(position, token, length, seq_len, TOPOLOGY: tl.constexpr, EVEN: tl.constexpr):
-    """Whether there is a token at a position >= 0; where ``EVEN``, every block is full and there is no question."""
+def line_length(line, length, stride, seq_len, TOPOLOGY: tl.constexpr):
+    """Positions on a line, of a family whose longest line has ``length``: where time is open some lack the last."""
+    if TOPOLOGY == CAUSAL:
+        return tl.cdiv(seq_len - line, stride).to(tl.int32)
+    else:
+        return length
+
+
+@triton.jit
+def before_end(position, length, EVEN: tl.constexpr):
+    """Whether a position >= 0 is on a line of that length; where ``EVEN``, every block is full and there is no
+    question."""
     if EVEN:
         return tl.full(position.shape, True, tl.int1)
-    elif TOPOLOGY == CAUSAL:
-        return (position < length) & (token < seq_len)
     else:
         return position < length
+
+
+@triton.jit
+def on_line(position, token, length, seq_len, TOPOLOGY: tl.constexpr, EVEN: tl.constexpr):
+    """`before_end` of a line of a family whose longest line has ``length``, by the token at the position."""
+    valid = before_end(position, length, EVEN)
+    if TOPOLOGY == CAUSAL and not EVEN:
+        valid = valid & (token < seq_len)
+    return valid
 
 
 @triton.jit
@@ -221,6 +240,23 @@ def line_steps(query_position, key_position, QUERIES_FIRST: tl.constexpr):
         return query[:, None] - key[None, :]
     else:
         return query[None, :] - key[:, None]
+
+
+def halfway(family: LineFamily, block_m: int, block_n: int) -> bool:
+    """Whether `from_half` has a turn for all blocks of queries and of keys of a line, of those that are closed."""
+    half, unit = family.loop // 2, math.gcd(block_m, block_n)
+    furthest = -(-(block_n - half) // unit) * unit - unit  # ahead of the keys are queries a turn behind them
+    return family.form != CLOSED.value or furthest + block_m - 1 <= half
+
+
+@triton.jit
+def from_half(query_begin, key_begin, loop, BLOCK_N: tl.constexpr, HALFWAY: tl.constexpr):
+    """What to add to the steps between two blocks of a closed line where `halfway`: less half a loop, and a turn more
+    where queries come before keys, they are between -L and L, and cheaper to take around the loop. Otherwise 0."""
+    if HALFWAY:
+        return tl.where(query_begin - key_begin < BLOCK_N - loop // 2, loop, 0).to(tl.float32) - loop * 0.5
+    else:
+        return 0
 
 
 @triton.jit
@@ -239,6 +275,13 @@ def _around_loop(steps, loop, SCALE: tl.constexpr):
 def _within(steps, low, high):
     """Whether ``low <= steps <= high``, by one comparison: those less their mean are at most half as many."""
     return tl.abs(steps - (high + low) * 0.5) <= (high - low) * 0.5
+
+
+@triton.jit
+def up_to(steps, count):
+    """Whether ``0 <= steps < count``, by one comparison: without a sign floats are in the order of their bits, and those
+    below zero come last. ``steps`` are differences that are not -0."""
+    return steps.to(tl.uint32, bitcast=True) < (count + tl.zeros_like(steps)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -285,10 +328,14 @@ def arc_ceilings(steps, loop, max_step, FORM: tl.constexpr):
 
 
 @triton.jit
-def strand(steps, loop, max_step, FORM: tl.constexpr):
-    """What a spiral sees along its strand, and the squared distance in steps: ``(visible, squared)``; see `arcs`."""
+def strand(steps, loop, max_step, FORM: tl.constexpr, HALFWAY: tl.constexpr = False):
+    """What a spiral sees along its strand, and the squared distance in steps: ``(visible, squared)``; see `arcs`. Where
+    the line is closed steps may be moved by `from_half`, HALFWAY."""
     if FORM == CLOSED:
-        _, distance = _around_loop(steps, loop, 1.0)
+        if HALFWAY:
+            distance = loop * 0.5 - tl.abs(steps)  # below zero beyond a turn
+        else:
+            _, distance = _around_loop(steps, loop, 1.0)
         visible = tl.full(steps.shape, True, tl.int1)
     elif FORM == OPEN_PAST:
         distance = steps

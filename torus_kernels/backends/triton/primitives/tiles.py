@@ -46,6 +46,8 @@ def hidden_zero(seq_len):
 @triton.jit
 def row_pointers(base, token, stride_token, BLOCK_D: tl.constexpr):
     """Pointers ``[BLOCK, BLOCK_D]`` of rows at tokens; ``base`` points at channel 0 of token 0 of a head."""
+    if token.dtype == tl.int32:
+        token = token.to(tl.uint32)  # none is below zero: without a sign
     return (base + tl.arange(0, BLOCK_D))[None, :] + (token.to(tl.int64) * stride_token)[:, None]
 
 

@@ -82,12 +82,21 @@ def tokens_on_axis(place, first_row, first_col, n_major, n_minor, TOPOLOGY: tl.c
 
 
 @triton.jit
-def sites_exist(token, seq_len, TOPOLOGY: tl.constexpr, BY_ROWS: tl.constexpr):
-    """Which sites of a step have a token: only time and the ends of a cylinder, along a column, leave any out."""
+def near_token(token):
+    """Part of a token by `tokens_on_axis` in 32 bits. Those of tokens that exist lie within; further away, where the
+    sum of both parts is no token, they are cut, so that differences with tokens do not overflow."""
+    return tl.minimum(tl.maximum(token, -_FURTHEST), _FURTHEST).to(tl.int32)
+
+
+@triton.jit
+def sites_exist(across_token, along_token, seq_len, TOPOLOGY: tl.constexpr, BY_ROWS: tl.constexpr):
+    """Which sites of a step, given by what either axis adds to their tokens, have one: only time and the ends of a
+    cylinder, along a column, leave any out."""
     if TOPOLOGY == CAUSAL or (TOPOLOGY == CYLINDER and not BY_ROWS):
-        return (token >= 0) & (token < seq_len)
+        # One comparison for two: what lies below the first token is very large without a sign.
+        return (near_token(across_token) + near_token(along_token)).to(tl.uint32) < seq_len.to(tl.uint32)
     else:
-        return tl.full(token.shape, True, tl.int1)
+        return tl.full(along_token.shape, True, tl.int1)
 
 
 @triton.jit
@@ -107,13 +116,6 @@ def memory(n_major, n_minor):
 def memory_of(token, n_major, n_minor):
     """The oldest token (int32) that the causal topology lets tokens see."""
     return tl.maximum(token.to(tl.int32) - memory(n_major, n_minor), 0)
-
-
-@triton.jit
-def near_token(token):
-    """Part of a token by `tokens_on_axis` in 32 bits. Those of tokens that exist lie within; further away, where the
-    sum of both parts is no token, they are cut, so that differences with tokens do not overflow."""
-    return tl.minimum(tl.maximum(token, -_FURTHEST), _FURTHEST).to(tl.int32)
 
 
 @triton.jit
