@@ -43,7 +43,9 @@ def test_lattices_beyond_one_tile(backend, lattice, seq_len, dtype):
 @pytest.mark.parametrize(
     "lattice, seq_len",
     [(TorusLattice(128, 2), None), (TorusLattice(2, 66, winding=33), None), (TorusLattice(68, 2, "cylinder"), None),
-     (TorusLattice(256, 2), None), (TorusLattice(66, 2, "causal"), 140), (TorusLattice(16, 2, "causal"), 32)],
+     (TorusLattice(256, 2), None), (TorusLattice(66, 2, "causal"), 140), (TorusLattice(16, 2, "causal"), 32),
+     (TorusLattice(128, 2, "causal", streams=("major_forward", "major_backward")), 256),
+     (TorusLattice(128, 2, "causal", streams=("spiral_cw", "spiral_ccw")), 384)],
     ids=label,
 )
 def test_lines_of_several_blocks(backend, lattice, seq_len, dtype):
@@ -52,10 +54,11 @@ def test_lines_of_several_blocks(backend, lattice, seq_len, dtype):
     check_precision(backend, make_problem(lattice, seq_len, batch=1, heads=1, head_dim=16), dtype)
 
 
-@pytest.mark.parametrize("head_dim", [72, 136])
+@pytest.mark.parametrize("head_dim", [64, 72, 136])
 @pytest.mark.parametrize(
     "lattice, seq_len",
-    [(TorusLattice(66, 2), None), (TorusLattice(65, 2, "causal"), 136), (TorusLattice(66, 2, "cylinder"), None)],
+    [(TorusLattice(66, 2), None), (TorusLattice(128, 2), None), (TorusLattice(2, 130, winding=65), None),
+     (TorusLattice(65, 2, "causal"), 136), (TorusLattice(66, 2, "cylinder"), None)],
     ids=label,
 )
 def test_long_lines_of_many_channels(backend, lattice, seq_len, head_dim):

@@ -29,7 +29,9 @@ def problem_on(backend, lattice, seq_len, dtype=None, **options) -> Problem:
 @pytest.mark.parametrize(
     "lattice, seq_len",
     [*PLACES, (TorusLattice(8, 16, "cylinder"), 128),
-     (TorusLattice(9, 12, "cylinder", winding=4, cross_radius=(2, 5)), 108)],
+     (TorusLattice(9, 12, "cylinder", winding=4, cross_radius=(2, 5)), 108),
+     (TorusLattice(9, 12, "causal", winding=4, cross_radius=(2, 5)), 108),
+     (TorusLattice(128, 2, "causal", streams=("spiral_cw", "spiral_ccw")), 384)],
     ids=label,
 )
 def test_poison_never_reaches_another_head(backend, lattice, seq_len, dtype):

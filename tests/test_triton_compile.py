@@ -21,6 +21,7 @@ import triton.language as tl  # noqa: E402
 from benchmarks import machine_code, sass, triton_resources  # noqa: E402
 from benchmarks.triton_resources import CAPABILITIES  # noqa: E402
 from torus_kernels.backends.triton import launching  # noqa: E402
+from torus_kernels.backends.triton.primitives.lattice import CLOSED, LineFamily, halfway  # noqa: E402
 
 RECORDED = json.loads(triton_resources.RECORD.read_text())
 """What the kernels took when they were last recorded. The numbers may only fall; a change that makes them fall records
@@ -178,16 +179,22 @@ class TestRecord:
                     for kernel, numbers in kernels.items() if numbers["spills"] > 0]
         assert spilling == []
 
+    @pytest.mark.parametrize("capability", CAPABILITIES)
     @pytest.mark.parametrize("name", ["field-16k", "field-64k"])
-    def test_large_fields_meet_the_target(self, name):
+    def test_large_fields_meet_the_target(self, name, capability):
         """20 instructions a score in the inner loops of the forward; of what misses it `NOTES.md` tells why."""
+        kernels = RECORDED["cases"][f"{name} bfloat16 sm_{capability} forward"]
+        assert all(numbers["per_score"] <= 20 for numbers in kernels.values())
+
+    @pytest.mark.parametrize("name", ["field-4k", "text-4k", "text-32k"])
+    def test_workloads_meet_the_target_on_sm_90(self, name):
         kernels = RECORDED["cases"][f"{name} bfloat16 sm_90 forward"]
         assert all(numbers["per_score"] <= 20 for numbers in kernels.values())
 
-    def test_cross_flows_of_fields_meet_the_target(self):
+    def test_cross_flows_meet_the_target(self):
         numbers = [kernels["cross_kernel"]["per_score"] for case, kernels in RECORDED["cases"].items()
-                   if case.endswith("forward") and "float16" in case and "-d" not in case and "text" not in case]
-        assert len(numbers) >= 20
+                   if case.endswith("forward") and "float16" in case and "-d" not in case and "text-32k" not in case]
+        assert len(numbers) >= 24
         assert max(numbers) <= 20
 
     def test_what_rose_is_named(self):
@@ -236,6 +243,24 @@ class TestLaunches:
     def test_what_multiplies_as_sm_80_does_is_configured_so(self, device, configured, monkeypatch):
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: device)
         assert launching.capability.__wrapped__(torch.device("cuda")) == configured
+
+    @pytest.mark.parametrize("block_m", [16, 32, 64, 128])
+    @pytest.mark.parametrize("block_n", [16, 32, 64, 128])
+    def test_halfway_steps_are_within_a_turn(self, block_m, block_n):
+        """As `from_half` moves them the distance around the loop has no need of a second comparison."""
+        held = 0
+        for loop in range(2, 400):
+            family = LineFamily(2, CLOSED.value, loop, 1, loop, loop - 1)
+            if not halfway(family, block_m, block_n):
+                continue
+            held += 1
+            position = torch.arange(loop)
+            query, key = position[:, None], position[None, :]
+            apart = query // block_m * block_m - key // block_n * block_n
+            steps = query - key + torch.where(apart < block_n - loop // 2, loop, 0) - loop / 2
+            around = torch.minimum((query - key) % loop, (key - query) % loop)
+            assert ((loop / 2 - steps.abs()).square() == around.square()).all(), loop
+        assert held > 100
 
     @pytest.mark.parametrize("radius", [(3, 7), (7, 3), (2, 2)])
     def test_a_cross_flow_is_walked_along_its_short_axis(self, radius):

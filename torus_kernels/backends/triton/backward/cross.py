@@ -143,7 +143,9 @@ def _row_gradients(
             for across in range(across_begin, across_end):
                 across_token = tokens_on_axis(across, first_row, first_col, n_major, n_minor, TOPOLOGY, BY_ROWS)
                 # Keys beyond the window may exist and be read; their bias is -inf.
-                exists = sites_exist(across_token, along_token, seq_len, TOPOLOGY, BY_ROWS)
+                exists = sites_exist(
+                    across_token, along_token, seq_len, TOPOLOGY, BY_ROWS, q[0].dtype != tl.float32
+                )
                 k = load_parts(k_base + across_token * operands.k.token, along_token, exists, operands.k.token, D,
                                BLOCK_D, PARTS)  # [BLOCK_N, D]
                 v = load_parts(v_base + across_token * operands.v.token, along_token, exists, operands.v.token, D,

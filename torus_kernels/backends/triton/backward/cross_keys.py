@@ -66,7 +66,9 @@ def _add_gradients(
                 across_token = tokens_on_axis(across, first_row, first_col, n_major, n_minor, TOPOLOGY, BY_ROWS)
                 token = across_token + along_token
                 # Queries beyond the window may exist and be read; their bias is -inf.
-                valid = sites_exist(across_token, along_token, seq_len, TOPOLOGY, BY_ROWS)
+                valid = sites_exist(
+                    across_token, along_token, seq_len, TOPOLOGY, BY_ROWS, k[0].dtype != tl.float32 and not GROUPED
+                )
                 if (TOPOLOGY == CAUSAL and not GROUPED) or k[0].dtype == tl.float32:
                     valid = valid & (along < along_end)  # spares registers
                 q = load_parts(q_base, token, valid, operands.q.token, D, BLOCK_D, PARTS)  # [BLOCK_M, D]

@@ -92,7 +92,11 @@ _LINES = {
 }
 # Where mma.sync needs more registers than wgmma.
 _EARLY_LINES = {
-    (True, 64): _alike(64, Blocks(64, 32, 4, 2, parts=2, summed=2), Blocks(64, 128, 8, 2, parts=2)),
+    (True, 64): (
+        64,
+        (Blocks(64, 32, 4, 2, parts=2, summed=2), Blocks(64, 128, 8, 2)),
+        (Blocks(64, 32, 4, 2, parts=2, summed=2), Blocks(64, 128, 8, 2, parts=2)),
+    ),
     (True, 128): _alike(32, Blocks(64, 32, 4, 2, parts=2), Blocks(64, 64, 8, 1)),
 }
 
@@ -143,7 +147,7 @@ def line_launches(
     if short:
         block = _power(max(family.length for family in short), limit)
         warps = 4 if dtype == torch.float32 else block // 16
-        _, _, _, num_stages, parts, _ = of_loops[1]
+        _, _, _, num_stages, parts, _ = of_spirals[1]
         parts = parts_of(parts, head_dim) if block_d(head_dim) <= 64 else 1
         launches.append(LineLaunch(short, Blocks(block, block, warps, num_stages, parts), None))
     long = {}

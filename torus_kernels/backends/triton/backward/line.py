@@ -73,12 +73,13 @@ def queries_of_line(
 @triton.jit
 def visibility(
     steps, loop, reach, on_line,
-    ARCS: tl.constexpr, FORM: tl.constexpr, FULL_BLOCKS: tl.constexpr, CEILINGS: tl.constexpr, HALFWAY: tl.constexpr,
+    ARCS: tl.constexpr, FORM: tl.constexpr, FULL_BLOCKS: tl.constexpr, CEILINGS: tl.constexpr,
+    HALFWAY: tl.constexpr,
 ):
     """Which keys a family's streams see, and the squared distance in steps: ``(visible, partner_visible, squared)``; a
     spiral has no partner. ``on_line``, whether a key is on the line, broadcasts and is asked where it may not be. With
-    CEILINGS the first two may be those of `arc_ceilings`: fewer instructions, and more registers at once. HALFWAY, steps
-    of a spiral are moved by `from_half`."""
+    CEILINGS the first two may be those of `arc_ceilings`: fewer instructions, and more registers at once. Steps of a
+    spiral may be moved by `from_half`, HALFWAY."""
     if ARCS and FORM != OPEN_BOTH and CEILINGS:
         visible, partner_visible, squared = arc_ceilings(steps, loop, reach, FORM)
         hidden: tl.constexpr = float("-inf")

@@ -167,8 +167,9 @@ def lines_by_keys(
     operands, heads, group, seq_len, n_major, n_minor, winding, scale, first_pair, first_program, num_programs,
     FAMILIES: tl.constexpr, GRID_FAMILIES: tl.constexpr, TOPOLOGY: tl.constexpr, STREAMS: tl.constexpr,
     WHOLE_LINE: tl.constexpr, GROUPED: tl.constexpr, FULL_BLOCKS: tl.constexpr, FULL_ROWS: tl.constexpr,
-    HALFWAY: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HALFWAY: tl.constexpr, ACCUMULATE: tl.constexpr, GATES: tl.constexpr, HAS_FIRST_KEY: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """One program: a block of keys of one line, for one key/value head and the query heads that read it.
 

@@ -24,8 +24,9 @@ def _attend(
     q, k_base, v_base, stride_kt, stride_vt, line, block_position, low, high, reach, decline, queries, stride, slope,
     num_lines, length, loop, scale, acc, maximum, total, spread_total,
     AHEAD: tl.constexpr, STRAIGHT: tl.constexpr, TOPOLOGY: tl.constexpr, FORM: tl.constexpr, ALL: tl.constexpr,
-    EVEN: tl.constexpr, HALFWAY: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, HALFWAY: tl.constexpr, HAS_FIRST_KEY: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Goes on with a softmax and its product with V over the keys that are ``low`` to ``high`` steps AHEAD of the query
     or else behind it, cut to ``reach`` ``[BLOCK_M]`` steps by packed documents; or over ALL keys of the line. A stream

@@ -48,7 +48,7 @@ def _keys_of_row(
     """``(scores, v)`` of a row of keys, ``[BLOCK_M, BLOCK_N]`` and ``[BLOCK_N, D]``; scores lack the bias across."""
     across_token = tokens_on_axis(across, first_row, first_col, n_major, n_minor, TOPOLOGY, BY_ROWS)
     # Keys beyond the window may exist and be read; their bias is -inf.
-    exists = sites_exist(across_token, along_token, seq_len, TOPOLOGY, BY_ROWS)
+    exists = sites_exist(across_token, along_token, seq_len, TOPOLOGY, BY_ROWS, q[0].dtype != tl.float32)
     k = load_parts(k_base + across_token * stride_kt, along_token, exists, stride_kt, D, BLOCK_D, PARTS)
     v = load_parts(v_base + across_token * stride_vt, along_token, exists, stride_vt, D, BLOCK_D, PARTS)
     scores = dot_parts(q, k, PARTS, PRECISION) * scale + along_bias

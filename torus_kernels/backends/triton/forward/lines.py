@@ -153,11 +153,11 @@ def _whole_line(
     partner_p, partner_maximum, partner_total, partner_spread = p, maximum, total, spread_total
     if ARCS:
         partner_p, partner_maximum, partner_total, partner_spread = _softmax(scores + partner_bias, WITH_ENTROPY)
-    DTYPE: tl.constexpr = v[0].dtype
-    factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, ARCS, DTYPE)
+    dtype: tl.constexpr = v[0].dtype
+    factor, partner_factor, norm = mixing(gate, total, partner_gate, partner_total, ARCS, dtype)
     weights = _weights(p, factor, partner_p, partner_factor, ARCS)
     y = cast_to_parts(weights, v, zero_parts(BLOCK_M, BLOCK_D, PARTS), PARTS, PRECISION)
-    y = mixed(y, norm, ARCS, DTYPE, PARTS)
+    y = mixed(y, norm, ARCS, dtype, PARTS)
     return y, maximum, total, spread_total, partner_maximum, partner_total, partner_spread
 
 
@@ -242,6 +242,7 @@ def _run_of_lines(
             )
         for line in range(first_line, tl.minimum(first_line + LINES, num_lines)):
             # Tokens count from the first of the line, pointers and lengths too.
+            # Not a multiple of the line for the compiler: it would carry each pointer from line to line by itself.
             start = line_start(family, tl.maximum(line, 0), n_minor, STRAIGHT, TOPOLOGY)
             k_line, v_line = k_base + start * stride_kt, v_base + start * stride_vt
             query_token, query_valid, q, gate, partner_gate = _rows(

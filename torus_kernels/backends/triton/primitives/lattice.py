@@ -279,8 +279,8 @@ def _within(steps, low, high):
 
 @triton.jit
 def up_to(steps, count):
-    """Whether ``0 <= steps < count``, by one comparison: without a sign floats are in the order of their bits, and those
-    below zero come last. ``steps`` are differences that are not -0."""
+    """Whether ``0 <= steps < count``, by one comparison: without a sign floats are in the order of their bits, those
+    below zero last. ``steps`` are differences that are not -0."""
     return steps.to(tl.uint32, bitcast=True) < (count + tl.zeros_like(steps)).to(tl.uint32, bitcast=True)
 
 

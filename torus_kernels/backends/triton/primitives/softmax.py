@@ -67,10 +67,10 @@ def accumulate(scores, offsets, maximum, total, spread_total, BLOCKS: tl.constex
 
 
 @triton.jit
-def over(gate, total, DTYPE: tl.constexpr):
-    """``gate / total`` for a total of at least 1, to what tokens of a DTYPE need: the square of an inverse root takes
+def over(gate, total, dtype: tl.constexpr):
+    """``gate / total`` for a total of at least 1, to what tokens of that dtype need: a square of an inverse root takes
     three instructions for the nine of a division, and is right to 22 bits."""
-    if DTYPE == tl.float32:
+    if dtype == tl.float32:
         return gate / total
     else:
         root = tl.rsqrt(total)
@@ -78,26 +78,26 @@ def over(gate, total, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def mixing(gate, total, partner_gate, partner_total, PAIR: tl.constexpr, DTYPE: tl.constexpr):
+def mixing(gate, total, partner_gate, partner_total, PAIR: tl.constexpr, dtype: tl.constexpr):
     """Factors of two streams' exponentials, and what `mixed` multiplies their common product with V by.
 
     A stream without a partner leaves everything to the last. Numbers of float16 do not reach far enough down for what
     small gates multiply: there the larger gate of a row is left too.
     """
     if not PAIR:
-        factor = over(gate, total, DTYPE)
+        factor = over(gate, total, dtype)
         return factor, factor, factor
-    if DTYPE == tl.float16:
+    if dtype == tl.float16:
         norm = tl.maximum(tl.abs(gate), tl.abs(partner_gate))
         norm = tl.where(norm == 0, 1.0, norm)
-        return over(gate / norm, total, DTYPE), over(partner_gate / norm, partner_total, DTYPE), norm
-    return over(gate, total, DTYPE), over(partner_gate, partner_total, DTYPE), gate  # which `mixed` does not look at
+        return over(gate / norm, total, dtype), over(partner_gate / norm, partner_total, dtype), norm
+    return over(gate, total, dtype), over(partner_gate, partner_total, dtype), gate  # which `mixed` does not look at
 
 
 @triton.jit
-def mixed(y, norm, PAIR: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr):
+def mixed(y, norm, PAIR: tl.constexpr, dtype: tl.constexpr, PARTS: tl.constexpr):
     """The partial sum: the product with V, in parts, of exponentials times factors by `mixing`."""
-    if PAIR and DTYPE != tl.float16:
+    if PAIR and dtype != tl.float16:
         return y
     return scaled_parts(y, norm[:, None], PARTS)
 

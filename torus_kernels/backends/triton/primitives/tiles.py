@@ -46,8 +46,10 @@ def hidden_zero(seq_len):
 @triton.jit
 def row_pointers(base, token, stride_token, BLOCK_D: tl.constexpr):
     """Pointers ``[BLOCK, BLOCK_D]`` of rows at tokens; ``base`` points at channel 0 of token 0 of a head."""
-    if token.dtype == tl.int32:
-        token = token.to(tl.uint32)  # none is below zero: without a sign
+    if token.dtype == tl.int32 and base.dtype.element_ty != tl.float32:
+        # None is below zero, and the product of a number without a sign takes fewer instructions; in float32 kernels,
+        # which multiply otherwise, registers that there are not.
+        token = token.to(tl.uint32)
     return (base + tl.arange(0, BLOCK_D))[None, :] + (token.to(tl.int64) * stride_token)[:, None]
 
 
