@@ -56,6 +56,29 @@ def test_the_decay_of_a_stream_left_out_does_not_matter(backend, lattice, seq_le
         assert torch.equal(found[name], expected[name]), name
 
 
+@pytest.mark.parametrize(
+    "lattice, seq_len, decay",
+    [(TorusLattice(2, 3, "causal"), 210, 3e38), (TorusLattice(4, 2), None, 3e38),
+     (TorusLattice(2, 3, "cylinder"), None, 3e38), (restricted(TorusLattice(4, 3, "causal"), [1]), 210, -7.5e37)],
+    ids=label,
+)
+def test_a_decay_beyond_what_can_be_multiplied(backend, lattice, seq_len, decay):
+    """What overflows is the bias of a key some steps away: the own key, no step away, has none."""
+    backend.require(lattice)
+    if backend.name == "cuda" and decay < 0:
+        pytest.skip("maxima are held in units of q . k there, and overflow beyond 3e38 times the scale")
+    problem = make_problem(lattice, seq_len, batch=1, heads=1, head_dim=8, state=False)
+    problem = problem.replace(decay=torch.full_like(problem.decay, decay)).to(backend.exact_dtype, backend.device)
+    out, stats = backend.attention_with_stats(**problem.arguments())
+    lse, _ = dense.statistics(**problem.statistics_arguments())
+    torch.testing.assert_close(stats.lse.double(), lse.double(), rtol=1e-5, atol=1e-5)
+    if decay > 0:
+        torch.testing.assert_close(out, (problem.stream_weights.sum(-1)[None, :, None, None] * problem.v).to(out.dtype),
+                                   rtol=1e-5, atol=1e-5)
+    gradients = evaluate(backend.attention, problem)
+    assert all(gradients[name].isfinite().all() for name in ("d_q", "d_k", "d_v", "d_stream_weights"))
+
+
 @pytest.mark.parametrize("streams", [range(8), [5], [1, 2, 6], [0, 3, 4, 7]], ids=label)
 @pytest.mark.parametrize("place", PLACES)
 def test_statistics(backend, place, streams):

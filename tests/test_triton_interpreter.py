@@ -20,10 +20,13 @@ SELECTED = {
     "test_cylinder.py": "leaves or distances",
     "test_streams.py": "test_statistics and cylinder and 1-2-6 "
                        "or far_below and periodic and minor_forward and bfloat16 "
-                       "or decay_of_a_stream_left_out and -3e+38 and (6x8 or 4x6)",
+                       "or decay_of_a_stream_left_out and -3e+38 and (6x8 or 4x6) "
+                       "or beyond_what_can_be_multiplied",
     # Channels in parts; lines that fill several blocks.
     "test_precision.py": "test_head_dimensions and 6x4 and 40 and bfloat16 or several_blocks and 128x2 and bfloat16 "
-                         "or several_blocks and 16x2 and float16 or many_channels and causal and 72",
+                         "or several_blocks and 16x2 and float16 "
+                         "or several_blocks and 128x2 and causal and float16 or many_channels and causal and 72 "
+                         "or many_channels and periodic and 128x2 and 64",
     "test_causal.py": "oldest_visible or one_token or first_key_in_64 or lowest_first_key or first_key_beyond "
                       "or (no_gradient or forgotten) and 2x2",
     "test_dispatch.py": "TestOpcheck and (packed and float32 or ema or multiscale or rope) "

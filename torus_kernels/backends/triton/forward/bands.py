@@ -13,10 +13,8 @@ import triton.language as tl
 
 from ..primitives.lattice import CLOSED, OPEN_BOTH, OPEN_PAST, before_end, from_half, strand, tokens_along, up_to
 from ..primitives.parts import cast_to_parts, dot_parts, load_parts, scaled_parts, store_parts, sum_of_parts, zero_parts
-from ..primitives.softmax import accumulate, anchor, masked
+from ..primitives.softmax import accumulate, anchor, finite, masked
 from ..primitives.tiles import hidden_zero
-
-_LARGE = tl.constexpr(1e38)  # what no multiple by a step makes NaN
 
 
 @triton.jit
@@ -50,7 +48,7 @@ def _attend(
     # Of n steps beyond low, (low + n)^2 = low^2 + (2 low + n) n: what is squared is what is compared.
     nearest = low * 1.0
     of_low = -decline * (nearest * nearest)
-    tilt = tl.minimum(tl.maximum(-decline * (2.0 * nearest), -_LARGE), _LARGE)
+    tilt = finite(-decline * (2.0 * nearest))
     offset = tl.arange(0, BLOCK_M).to(tl.float32)[:, None]
     column = tl.arange(0, BLOCK_N).to(tl.float32)[None, :]
     for first in range(begin, end, BLOCK_N):
@@ -110,7 +108,7 @@ def attend_bands(
         own = tl.zeros([BLOCK_M], tl.float32)
         for part in tl.static_range(PARTS):
             own += tl.sum(q[part].to(tl.float32) * k[part].to(tl.float32), axis=1)
-        own *= scale
+        own = tl.where(partner_queries > 0, own * scale, 0.0)  # of a stream that is left out any number but infinity
     maximum, total = _nothing_yet(queries, BLOCK_M)
     acc = zero_parts(BLOCK_M, BLOCK_D, PARTS)
     acc, maximum, total, spread_total = _attend(

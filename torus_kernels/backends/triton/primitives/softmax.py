@@ -6,6 +6,7 @@ the other's would vanish without a sign.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -13,12 +14,20 @@ from .parts import scaled_parts
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+
+
+@triton.jit
+def finite(x):
+    """The number itself, or for an infinite one the furthest that is not; NaN stays NaN."""
+    return tl.clamp(x, -_LARGEST, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def bias_slope(decay, squared_unit):
-    """What a squared distance, in squared units, is multiplied by and subtracted from a score in base 2."""
-    return decay * (0.5 * LOG2E) * squared_unit
+    """What a squared distance, in squared units, is multiplied by and subtracted from a score in base 2: finite, so that
+    a distance of zero gives zero whatever the decay."""
+    return finite(decay * (0.5 * LOG2E) * squared_unit)
 
 
 @triton.jit
@@ -47,15 +56,19 @@ def accumulate(scores, offsets, maximum, total, spread_total, BLOCKS: tl.constex
     exponentials, what sums of earlier ones are to be multiplied by, and the three, updated.
     """
     new_maximum = maximum
+    maxima = ()
     for block in tl.static_range(BLOCKS):
-        new_maximum = tl.maximum(new_maximum, tl.max(scores[block], axis=1) + offsets[block])
+        maxima += (tl.max(scores[block], axis=1),)
+        new_maximum = tl.maximum(new_maximum, maxima[block] + offsets[block])
     anchored = anchor(new_maximum)
     kept = tl.exp2(maximum - anchored)
     exponentials = ()
     if WITH_SPREAD:
         spread_total = kept * (spread_total + total * (anchor(maximum) - anchored))
     for block in tl.static_range(BLOCKS):
-        exponents = scores[block] + (offsets[block] - anchored)[:, None]
+        # At most zero, which a sum rounded twice may not be where biases are very large.
+        shift = tl.minimum(offsets[block] - anchored, -maxima[block])
+        exponents = scores[block] + shift[:, None]
         exponentials += (tl.exp2(exponents),)
         if WITH_SPREAD:
             spread_total += spread(exponentials[block], exponents)
