@@ -25,8 +25,8 @@ def finite(x):
 
 @triton.jit
 def bias_slope(decay, squared_unit):
-    """What a squared distance, in squared units, is multiplied by and subtracted from a score in base 2: finite, so that
-    a distance of zero gives zero whatever the decay."""
+    """What a squared distance, in squared units, is multiplied by and subtracted from a score in base 2: finite, so
+    that a distance of zero gives zero whatever the decay."""
     return finite(decay * (0.5 * LOG2E) * squared_unit)
 
 
