@@ -244,6 +244,17 @@ class TestLaunches:
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: device)
         assert launching.capability.__wrapped__(torch.device("cuda")) == configured
 
+    @pytest.mark.parametrize("capability", CAPABILITIES)
+    def test_open_loops_as_long_as_a_tile(self, capability):
+        """They do not fold, and as one tile both arcs would spill."""
+        lattice = TorusLattice(128, 4, "cylinder", streams=("major_forward", "major_backward"))
+        workload = Workload("open", lattice, batch=1, heads=1, head_dim=64)
+        codes = sass.compile_launches(
+            lambda: sass.launch_attention(workload, torch.bfloat16, backward=False), capability)
+        lines, = (code for code in codes if code.name == "lines_kernel")
+        assert not lines.constants["WHOLE"]
+        assert lines.spills == 0
+
     @pytest.mark.parametrize("block_m", [16, 32, 64, 128])
     @pytest.mark.parametrize("block_n", [16, 32, 64, 128])
     def test_halfway_steps_are_within_a_turn(self, block_m, block_n):

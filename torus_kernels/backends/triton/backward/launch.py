@@ -156,6 +156,8 @@ def line_launches(
             loops = len(FAMILY_STREAMS[family.family]) == 2
             by_queries, by_keys = of_loops if loops else of_spirals
             past = family.form == OPEN_PAST.value
+            if past and dtype != torch.float32 and block_d(head_dim) <= 64 and capability < (9, 0):
+                by_keys = by_keys._replace(parts=2)
             if dtype == torch.float32 and not past and capability >= (9, 0):
                 by_queries = by_queries._replace(num_stages=1)  # a second block of keys takes the registers
             if group > 1:

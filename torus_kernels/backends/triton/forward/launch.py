@@ -96,7 +96,7 @@ _EARLY_WHOLE = {
     (True, 256): _alike(Blocks(32, 64, 4, 2, 4)),
 }
 _EARLY_BANDS = {
-    (True, 64): (Blocks(64, 64, 4, 1, 2), Blocks(64, 64, 4, 2, 2)), (True, 128): _alike(Blocks(64, 64, 4, 2, 2)),
+    (True, 64): (Blocks(64, 64, 4, 1, 2), Blocks(64, 64, 4, 2, 2)), (True, 128): _alike(Blocks(64, 64, 4, 2, 4)),
     (True, 256): _alike(Blocks(32, 64, 4, 1, 2)),
 }
 
@@ -201,12 +201,13 @@ def line_launches(
     whole, bands = {}, {}
     for family in families:
         loops = len(FAMILY_STREAMS[family.family]) == 2
-        # Longer than half the longest, only a line that fills its block leaves registers, which need not mask it.
-        fills = light and family.form != OPEN_PAST.value and family.length == _MAX_WHOLE
-        if family.length > _MAX_WHOLE // 2 and not fills:
+        fold = _folds(family, block_m, head_dim, dtype)
+        # Longer than half the longest, only a line that fills its block leaves registers, which need not mask it, and
+        # of loops one that folds.
+        simple = fold if loops else family.form != OPEN_PAST.value
+        if family.length > _MAX_WHOLE // 2 and not (light and simple and family.length == _MAX_WHOLE):
             bands.setdefault(loops, []).append(family)
             continue
-        fold = _folds(family, block_m, head_dim, dtype)
         # Loops and spirals with long lines are launched apart: together they would take more registers.
         whole.setdefault((loops and family.length > 64, loops and not fold), []).append((family, fold))
     return (
