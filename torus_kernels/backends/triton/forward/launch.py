@@ -71,8 +71,8 @@ _MIN_FOLD = 32  # columns
 _SMALL_TILE = 32 * 32  # scores
 _MAX_ROWS = 32 * 128  # numbers in a block of float32 queries, of which loops that are not folded make two sums
 
-# By (16-bit, BLOCK_D), of lines that one block of keys holds, with the longest of them. Chosen, as those below, among
-# those that compile without spills, by instructions for each query.
+# By (16-bit, BLOCK_D), of loops and of spirals whose lines one block of keys holds, with the longest of them. Chosen,
+# as those below, among those that compile without spills, by instructions for each query.
 _WHOLE = {
     (True, 64): (Blocks(64, 128, 4, 2), Blocks(64, 128, 4, 2, 2)),
     (True, 128): _alike(Blocks(64, 64, 4, 1, 2)),
@@ -81,7 +81,7 @@ _WHOLE = {
     (False, 128): _alike(Blocks(32, 64, 8, 2)),
     (False, 256): _alike(Blocks(32, 64, 8, 2)),
 }
-# The same of lines that are visited in bands, of loops and of spirals.
+# The same of lines that are visited in bands.
 _BANDS = {
     (True, 64): _alike(Blocks(64, 64, 4, 2, 2)),
     (True, 128): _alike(Blocks(64, 64, 4, 2, 2)),
