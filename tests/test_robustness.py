@@ -30,7 +30,7 @@ def problem_on(backend, lattice, seq_len, dtype=None, **options) -> Problem:
     "lattice, seq_len",
     [*PLACES, (TorusLattice(8, 16, "cylinder"), 128),
      (TorusLattice(9, 12, "cylinder", winding=4, cross_radius=(2, 5)), 108),
-     (TorusLattice(9, 12, "causal", winding=4, cross_radius=(2, 5)), 108),
+     (TorusLattice(9, 12, "causal", winding=4, cross_radius=(3, 5)), 108),
      (TorusLattice(128, 2, "causal", streams=("spiral_cw", "spiral_ccw")), 384)],
     ids=label,
 )

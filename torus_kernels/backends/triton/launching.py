@@ -61,6 +61,11 @@ class Blocks(NamedTuple):
     summed: int = 1  # blocks of keys in a step of the backward's sweep for ``delta``, queries first
 
 
+def is_light(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether tiles of 64 rows leave registers for anything else."""
+    return block_d(head_dim) <= 64 and dtype != torch.float32
+
+
 def parts_of(parts: int, head_dim: int) -> int:
     """As many parts of the channels, or so many that each has 32 or more."""
     return min(parts, max(1, block_d(head_dim) // 32))

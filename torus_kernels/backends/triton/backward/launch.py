@@ -19,6 +19,7 @@ from ..launching import (
     chunk_heads,
     cross_flows,
     family_mask,
+    is_light,
     l2_bytes,
     on_device,
     parts_of,
@@ -104,8 +105,9 @@ _EARLY_LINES = {
 def _fills_long_blocks(families: tuple[LineFamily, ...], head_dim: int, dtype: torch.dtype) -> bool:
     """Whether twice the queries, which share the cost of a block of keys, leave no row idle and have the registers.
     Where time is open, more queries to a block are more scores that nobody sees."""
-    light = block_d(head_dim) <= 64 and dtype != torch.float32
-    return light and all(family.form != OPEN_PAST.value and family.length % 128 == 0 for family in families)
+    return is_light(head_dim, dtype) and all(
+        family.form != OPEN_PAST.value and family.length % 128 == 0 for family in families
+    )
 
 
 def _fitting(blocks: Blocks, walks_queries: bool, longest: int, dtype: torch.dtype) -> Blocks:
@@ -156,7 +158,7 @@ def line_launches(
             loops = len(FAMILY_STREAMS[family.family]) == 2
             by_queries, by_keys = of_loops if loops else of_spirals
             past = family.form == OPEN_PAST.value
-            if past and dtype != torch.float32 and block_d(head_dim) <= 64 and capability < (9, 0):
+            if past and is_light(head_dim, dtype) and capability < (9, 0):
                 by_keys = by_keys._replace(parts=2)
             if dtype == torch.float32 and not past and capability >= (9, 0):
                 by_queries = by_queries._replace(num_stages=1)  # a second block of keys takes the registers
@@ -177,7 +179,7 @@ def cross_launches(
         across, limit = 1 if wide > 128 else 2, 32 if wide <= 64 else 16
     else:
         across, limit = 2 if wide > 128 else 4, 32
-    light = wide <= 64 and dtype != torch.float32
+    light = is_light(head_dim, dtype)
     queries = CrossLaunch(across, along, _power(flow.walked(along), limit), 4, 2 if wide <= 64 else 1)
     keys = queries
     if light and causal:

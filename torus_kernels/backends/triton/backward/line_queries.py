@@ -65,11 +65,11 @@ def _tile(
     products = dot_parts(q, k, PARTS, PRECISION)  # [BLOCK_M, BLOCK_N]
     d_probs = dot_parts(d_out, v, PARTS, PRECISION)
     # Counted from the block, places along its columns are the same for every block.
-    turn = from_half(first_position, begin, loop, BLOCK_N, HALFWAY and not ARCS and FORM == CLOSED)
+    TURNS: tl.constexpr = HALFWAY and not ARCS and FORM == CLOSED
+    turn = from_half(first_position, begin, loop, BLOCK_N, TURNS)
     steps = line_steps(position - begin + turn, tl.arange(0, BLOCK_N), True)
     visible, partner_visible, squared = visibility(
-        steps, loop, reach, key_valid[None, :], ARCS, FORM, FULL_BLOCKS, q[0].dtype != tl.float32,
-        HALFWAY and not ARCS and FORM == CLOSED,
+        steps, loop, reach, key_valid[None, :], ARCS, FORM, FULL_BLOCKS, q[0].dtype != tl.float32, TURNS
     )
     probs = probabilities(products, scale * LOG2E, decline, squared, lse[:, None], visible)
     partner_probs = probs

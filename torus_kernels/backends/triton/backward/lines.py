@@ -60,11 +60,12 @@ def _visit(
         reach = reach[None, :]
     products = dot_parts(k, q, PARTS, PRECISION)  # [BLOCK_N, BLOCK_M]
     # Counted from the block, places along its rows are the same for every block.
-    turn = from_half(begin, first_key_position, loop, BLOCK_N, HALFWAY and not ARCS and FORM == CLOSED)
+    TURNS: tl.constexpr = HALFWAY and not ARCS and FORM == CLOSED
+    turn = from_half(begin, first_key_position, loop, BLOCK_N, TURNS)
     steps = line_steps(tl.arange(0, BLOCK_M), key_position - begin - turn, False)
     visible, partner_visible, squared = visibility(
         steps, loop, reach, (key_position < length)[:, None], ARCS, FORM, FULL_BLOCKS, k[0].dtype != tl.float32,
-        HALFWAY and not ARCS and FORM == CLOSED,
+        TURNS,
     )
     numbers = row_numbers_of(operands, local_head, seq_len, token, stream)
     delta, lse, gate, gated_delta = load_row_numbers(numbers, valid, FULL_ROWS)

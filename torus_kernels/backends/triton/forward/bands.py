@@ -64,8 +64,9 @@ def _attend(
         scores = dot_parts(q, k, PARTS, PRECISION) * scale  # [BLOCK_M, BLOCK_N]
         behind = offset - first * 1.0
         if ALL:
-            turn = from_half(0, first, loop, BLOCK_N, HALFWAY and FORM == CLOSED)
-            _, squared = strand((behind + turn) - column, loop, high, FORM, HALFWAY and FORM == CLOSED)
+            TURNS: tl.constexpr = HALFWAY and FORM == CLOSED
+            turn = from_half(0, first, loop, BLOCK_N, TURNS)
+            _, squared = strand((behind + turn) - column, loop, high, FORM, TURNS)
             scores -= decline * squared
         else:
             beyond = column - (behind + nearest) if AHEAD else (behind - nearest) - column

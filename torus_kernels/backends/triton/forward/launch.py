@@ -10,7 +10,18 @@ import triton
 from torch import Tensor
 
 from ....lattice import TorusLattice
-from ..launching import Blocks, Flow, capability, chunk_heads, cross_flows, family_mask, on_device, parts_of, rows
+from ..launching import (
+    Blocks,
+    Flow,
+    capability,
+    chunk_heads,
+    cross_flows,
+    family_mask,
+    is_light,
+    on_device,
+    parts_of,
+    rows,
+)
 from ..primitives.lattice import (
     CLOSED,
     FAMILY_STREAMS,
@@ -105,16 +116,11 @@ def _power(n: int) -> int:
     return max(MIN_BLOCK, triton.next_power_of_2(n))
 
 
-def _light(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether tiles of 64 rows leave registers for anything else."""
-    return block_d(head_dim) <= 64 and dtype != torch.float32
-
-
 def _folds(family: LineFamily, block_m: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether `folded_steps` takes the family, and pays."""
     if family.form != CLOSED.value or len(FAMILY_STREAMS[family.family]) == 1 or family.loop % 2:
         return False
-    if not _light(head_dim, dtype) and dtype != torch.float32:
+    if not is_light(head_dim, dtype) and dtype != torch.float32:
         return False  # it takes more registers than there are
     return family.loop // 2 >= max(_MIN_FOLD, block_m)
 
@@ -134,7 +140,7 @@ def _whole_launch(
     capability: tuple[int, int],
 ) -> LineLaunch:
     """Families whose lines fit one block of keys, loops folded or not."""
-    light = _light(head_dim, dtype)
+    light = is_light(head_dim, dtype)
     families = tuple(family for family, _ in members)
     halves = [family.loop // 2 for family, fold in members if fold]
     block_n = _power(max((family.length for family, fold in members if not fold), default=1))
@@ -165,7 +171,7 @@ def _band_launch(
     of_loops, of_spirals = tiles[dtype != torch.float32, max(64, block_d(head_dim))]
     loops = families[0].family < 2
     block_m, block_n, num_warps, num_stages, parts, _ = of_loops if loops else of_spirals
-    past, light = all(family.form == OPEN_PAST.value for family in families), _light(head_dim, dtype)
+    past, light = all(family.form == OPEN_PAST.value for family in families), is_light(head_dim, dtype)
     if past and light:
         num_stages = 1  # of two or three steps nothing is gained by more, and they take registers
     closed = all(family.form == CLOSED.value for family in families)
@@ -195,7 +201,7 @@ def line_launches(
     families = line_families(lattice, seq_len)
     if not families:
         return ()
-    light = _light(head_dim, dtype)
+    light = is_light(head_dim, dtype)
     limit = _whole_blocks(head_dim, dtype, capability)[0].block_m
     block_m = min(limit, _power(max(family.length for family in families)))
     whole, bands = {}, {}
